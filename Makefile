@@ -1,0 +1,37 @@
+# Every target sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench clean
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/demo  ## train, evaluate and sample on real books, on a CPU
+	$(BIN)/python tools/demo.py --workdir=runs/demo
+
+test: .venv/dev  ## the quick tests
+	$(BIN)/pytest
+
+test-all: .venv/dev  ## every test, the slow ones too
+	$(BIN)/pytest -m ''
+
+lint: .venv/dev  ## style, imports, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/dev  ## timings, as shares of this machine's matmul rate
+	$(BIN)/python tools/benchmark.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,106 @@
+"""Every key of a config, with what it means. Other files start from here.
+
+The numbers are those of a small text model; `{}` in a comment is the key that
+a value follows until it is set on its own.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  if arg:
+    raise ValueError(f'configs/default.py takes no argument, not {arg!r}')
+  c = ConfigDict()
+  c.model = m = ConfigDict()
+  m.vocab_size = 259  # 256 bytes and 3 reserved: 0 PAD, 1 EOS, 2 SOS
+  m.context_length = 2048  # M: inputs that the latents may attend to
+  m.num_latents = 512  # N: the last inputs, each predicts its next token
+  m.num_layers = 6  # L: self-attention layers after the cross-attend
+  m.width = 256  # D: of the latents
+  m.embed_width = m.get_oneway_ref('width')  # E: of the inputs {width}
+  m.num_cross_heads = 8  # must divide embed_width
+  m.num_self_heads = 8  # must divide width
+  m.cross_mlp_width = 4 * m.get_oneway_ref('width')  # {4 * width}
+  m.mlp_width = 4 * m.get_oneway_ref('width')  # {4 * width}
+  m.activation = 'sq_relu'  # relu(x)**2, or any name in jax.nn
+  m.position_encoding = 'rotary'  # rotary, sinusoidal, learned
+  m.position_source = 'data'  # data, from_end, from_end_negated
+  m.position_sizes = (0,)  # ids per position axis; 0: no limit (not learned)
+  m.rotary_fraction = 0.5  # of the channels of a head that are rotated
+  m.rotary_head_fraction = 1.0  # of the heads that are rotated
+  m.rotary_max_wavelength = m.get_oneway_ref('context_length')
+  m.dropout_rate = 0.1  # on the output of attention and of the MLP
+  m.input_dropout_rate = 0.0  # inputs hidden from the cross-attend, by a mask
+  m.num_kept_inputs = 0  # or: so many kept, the rest never computed; 0: all
+  m.dtype = 'float32'  # of compute: float32, bfloat16; parameters: float32
+  m.remat = 'none'  # recomputed backward: none, dots (all but), full
+  m.scan_unroll = 1  # layers per step of the scan over layers
+  m.attention = 'chunked'  # chunked: linear memory; reference: plain
+  m.attention_block = 512  # keys per block of chunked attention
+
+  c.data = d = ConfigDict()
+  d.kind = 'text'  # text: prepared files; copy: mirrored noise, generated
+  d.path = ''  # the folder that tools/prepare_text.py wrote
+  d.visits = 'by_length'  # of a document in an epoch: once, or by its length
+  d.min_crop = m.get_oneway_ref('num_latents')  # fewest inputs of a crop
+  d.copy_length = 0  # of a copy sequence, SOS and EOS included
+  d.num_eval_documents = 0  # copy sequences in the validation split
+  d.num_read_threads = 2
+  d.prefetch = 16  # rows read ahead
+
+  c.train = t = ConfigDict()
+  t.num_steps = 10_000
+  t.batch_size = 8  # sequences per step, over all devices
+  t.num_microbatches = 1  # parts of the batch that are computed in turn
+  t.seed = 1
+  t.z_loss = 1e-4  # times log(Z)**2, keeps logits near normalised
+  t.label_smoothing = 0.0
+  t.max_nonfinite_steps = 10  # skipped in a row before the run stops
+  t.log_every = 10  # steps between lines on the screen
+
+  c.optimizer = o = ConfigDict()
+  o.name = 'adam'  # adam, adamw, adafactor, sgd, lamb
+  o.learning_rate = 3e-4
+  o.schedule = 'constant'  # after warm-up: constant, cosine, steps, rsqrt
+  o.warmup_steps = 1_000  # linear from 0
+  o.decay_start = o.get_oneway_ref('warmup_steps')  # where cosine begins
+  o.decay_end = t.get_oneway_ref('num_steps')  # where cosine, steps end
+  o.final_fraction = 0.0  # of the learning rate, where cosine ends
+  o.gradient = 'sum'  # what is clipped, over targets: sum (published), mean
+  o.clip_norm = 1.0  # global norm; 0: no clipping
+  o.b1 = 0.9  # momentum of adam, adamw, lamb and sgd (Nesterov)
+  o.b2 = 0.999
+  o.eps = 1e-8
+  o.weight_decay = 0.0  # adamw, lamb, adafactor: matrices only
+
+  c.mesh = s = ConfigDict()
+  s.slice = 1  # data parallel between slices, over DCN
+  s.data = -1  # batch and FSDP; -1: all devices that are left
+  s.context = 1  # input positions
+  s.model = 1  # tensor parallel
+  s.rules = 'fsdp_tensor'  # replicated, fsdp, tensor, fsdp_tensor
+
+  c.checkpoint = k = ConfigDict()
+  k.save_every = 500  # steps
+  k.keep_latest = 2
+  k.keep_best = 1  # by the evaluation during training
+
+  c.evaluate = e = ConfigDict()
+  e.every = 0  # steps; 0: only by the evaluate command
+  e.split = 'validation'
+  e.batch_size = t.get_oneway_ref('batch_size')
+  e.stride = m.get_oneway_ref('num_latents')  # tokens scored per block
+  e.num_latents = m.get_oneway_ref('num_latents')  # at test time
+  e.context_length = m.get_oneway_ref('context_length')  # at test time
+  e.max_examples = 0  # documents; 0: all
+
+  c.sample = p = ConfigDict()
+  p.num_samples = 4
+  p.length = 2048  # tokens of each, the prompt not counted
+  p.temperature = 1.0  # 0: the likeliest token
+  p.top_p = 1.0  # nucleus
+  p.top_k = 0  # 0: all
+  p.seed = 0
+  p.num_latents = m.get_oneway_ref('num_latents')
+  p.refill_latents = p.get_oneway_ref('num_latents') // 2
+  return c

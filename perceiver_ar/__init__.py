@@ -1,0 +1,1 @@
+"""A trainer for Perceiver AR: long-context autoregressive models in JAX."""

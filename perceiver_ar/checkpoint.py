@@ -1,0 +1,345 @@
+"""Checkpoints that are either bit for bit what was saved, or refused.
+
+Orbax writes the arrays (asynchronously, each host its own shards) and renames
+a finished step into place. It does not notice flipped bits and casts silently,
+so every step carries a manifest: the dtype, the shape and a checksum of every
+array, the loss and a digest of the config, itself under a digest. Nothing is
+restored that does not agree with it.
+
+A checkpoint is the folder WORKDIR/checkpoints/STEP, and may be copied
+anywhere.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeAlias
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from perceiver_ar import config as config_lib
+from perceiver_ar import saved_step
+from perceiver_ar.checksums import PyTree, flatten, nest
+from perceiver_ar.config import CheckpointConfig, Config
+from perceiver_ar.errors import UserError
+from perceiver_ar.saved_step import Damaged
+
+Path: TypeAlias = epath.PathLike
+
+_CHECKPOINTS = 'checkpoints'
+_DAMAGED = 'damaged'
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+  """The checkpoints that a training run writes and resumes from."""
+
+  def __init__(self, workdir: Path, config: CheckpointConfig):
+    self._workdir = epath.Path(workdir)
+    self._folder = self._workdir / _CHECKPOINTS
+    self._losses = {
+      step: loss
+      for step in saved_steps(workdir)
+      if (loss := saved_step.read_loss(self._folder / str(step))) is not None
+    }
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      item_handlers={
+        'state': ocp.PyTreeCheckpointHandler(),
+        'config': ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        # In the background, a folder that cannot be made is reported after
+        # minutes: each writer waits for it in vain.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        # A damaged step must not keep the manager from starting.
+        lightweight_initialize=True,
+        preservation_policy=_LatestAndBest(
+          config.keep_latest, config.keep_best, self._losses
+        ),
+      ),
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Waits for the save that is being written, and raises if it failed."""
+    self._manager.close()
+
+  def wait(self) -> None:
+    """Waits for the save that is being written, and raises if it failed."""
+    self._manager.wait_until_finished()
+
+  def save(
+    self, step: int, state: PyTree, *, config: Config, loss: float | None
+  ) -> None:
+    """Starts to save `state`, whose buffers may be donated right after.
+
+    A step that is there already is left as it is.
+
+    Args:
+      step: the number of updates that `state` has seen.
+      state: a pytree of arrays.
+      config: what the run is made of.
+      loss: of the evaluation at this step, if there was one.
+    """
+    if step in self.steps():
+      return
+    config_json = dataclasses.asdict(config)
+    manifest = saved_step.make_manifest(step, state, config_json, loss)
+    if manifest['loss'] is not None:
+      self._losses[step] = manifest['loss']
+    saved = self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(nest(flatten(state))),
+        config=ocp.args.JsonSave(config_json),
+      ),
+      custom_metadata={
+        'manifest': manifest,
+        'sha256': saved_step.digest(manifest),
+      },
+      force=True,
+    )
+    assert saved
+
+  def steps(self) -> list[int]:
+    """In order, with the one that is being written."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()  # not at all, but this raises if the last save failed
+    return sorted(self._manager.all_steps())
+
+  def latest(self) -> int | None:
+    return max(self.steps(), default=None)
+
+  def best(self) -> int | None:
+    """The step with the lowest loss, the later one of equals."""
+    scored = [s for s in self.steps() if s in self._losses]
+    return min(scored, key=lambda s: (self._losses[s], -s), default=None)
+
+  def restore(self, step: int, abstract_state: PyTree) -> PyTree:
+    """The state at `step`, laid out as `abstract_state` says.
+
+    Args:
+      step: one of `steps()`.
+      abstract_state: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
+
+    Raises:
+      Damaged: a file is missing, cut short or altered.
+      UserError: there is no such step, or it holds another model.
+    """
+    self.wait()
+    return saved_step.restore(
+      _step_folder(self._workdir, step), abstract_state, ''
+    )
+
+  def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
+    """The newest sound step and its state; sets damaged newer ones aside.
+
+    Raises:
+      UserError: all are damaged, or the newest sound one is another model's.
+    """
+    self.wait()
+    damaged, found = _newest_sound(self._workdir, abstract_state, '')
+    for error in damaged:
+      if found is None:
+        self._set_aside(error, 'no sound step is left')
+      else:
+        self._set_aside(error, f'step {found[0]} is used instead')
+    if damaged and found is None:
+      raise UserError(
+        f'every checkpoint in {self._folder} was damaged, and they were moved '
+        f'to {self._workdir / _DAMAGED}; run again to train from the start'
+      )
+    return found
+
+  def _set_aside(self, error: Damaged, instead: str) -> None:
+    folder = self._folder / str(error.step)
+    target = _free_place(self._workdir, error.step)
+    # Everyone has chosen `target` before the first process moves anything.
+    _synchronise(f'chosen {target.name}')
+    if jax.process_index() == 0:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      folder.rename(target)
+    _warn('%s; it is kept in %s, and %s', error, target, instead)
+    _synchronise(f'moved {target.name}')
+    self._losses.pop(error.step, None)
+    self._manager.reload()
+
+
+def restore_params(
+  workdir: Path, abstract_params: PyTree, step: int | None
+) -> tuple[int, PyTree]:
+  """The step and the parameters alone, for those who only read.
+
+  Nothing is moved: a run may be writing to the same folder.
+
+  Args:
+    workdir: the folder that holds `checkpoints`.
+    abstract_params: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
+    step: which one; None takes the newest that is sound, and says so where
+      that is not the newest.
+
+  Raises:
+    Damaged: `step` is.
+    UserError: there is no checkpoint, or it holds another model.
+  """
+  if step is not None:
+    folder = _step_folder(workdir, step)
+    return step, saved_step.restore(folder, abstract_params, 'params/')
+  damaged, found = _newest_sound(workdir, abstract_params, 'params/')
+  if found is not None:
+    for error in damaged:
+      _warn('%s; step %d is used instead', error, found[0])
+    return found
+  if damaged:
+    raise UserError(f'{damaged[0]}; and no sound checkpoint is beside it')
+  raise UserError(
+    f'{epath.Path(workdir) / _CHECKPOINTS} holds no checkpoint; train first, '
+    'or name another --workdir'
+  )
+
+
+def load_config(workdir: Path, step: int) -> Config:
+  """The config that a checkpoint was trained with.
+
+  Raises:
+    Damaged: it is not the one that was saved.
+  """
+  folder = _step_folder(workdir, step)
+  return config_lib.resolve(
+    saved_step.read_config(folder, saved_step.read_manifest(folder))
+  )
+
+
+def saved_steps(workdir: Path) -> list[int]:
+  """The steps in `workdir`, in order, sound or not."""
+  folder = epath.Path(workdir) / _CHECKPOINTS
+  names = [path.name for path in ocp.path.step.checkpoint_steps_paths(folder)]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def list_steps(workdir: Path) -> list[dict[str, Any]]:
+  """For each step: `step`, `loss` or None, `bytes` on disk, `created`."""
+  rows = []
+  for step in saved_steps(workdir):
+    folder = _step_folder(workdir, step)
+    time = datetime.datetime.fromtimestamp(folder.stat().mtime)
+    rows.append(
+      {
+        'step': step,
+        'loss': saved_step.read_loss(folder),
+        'bytes': _size(folder),
+        'created': time.isoformat(sep=' ', timespec='seconds'),
+      }
+    )
+  return rows
+
+
+def _size(path: epath.Path) -> int:
+  if path.is_dir():
+    return sum(_size(child) for child in path.iterdir())
+  return path.stat().length
+
+
+def verify(workdir: Path) -> list[dict[str, Any]]:
+  """For each step: `step`, `ok`, `reason` if not. Changes nothing.
+
+  Reads every array onto one device, so that it needs neither the model nor
+  the mesh.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  rows = []
+  for step in saved_steps(workdir):
+    folder = _step_folder(workdir, step)
+    reason = ''
+    try:
+      arrays = saved_step.read_manifest(folder)['arrays']
+      abstract = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (dtype, shape, _) in arrays.items()
+      }
+      saved_step.restore(folder, nest(abstract), '')
+    except Damaged as error:
+      reason = error.reason
+    rows.append({'step': step, 'ok': not reason, 'reason': reason})
+  return rows
+
+
+@dataclasses.dataclass
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest steps, and of those with a loss the lowest.
+
+  Orbax's own BestN keeps steps without a metric forever by default, counts
+  them as best while there are few, and reads the metrics of damaged steps.
+  """
+
+  keep_latest: int
+  keep_best: int
+  losses: Mapping[int, float]
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> Sequence[bool]:
+    del context
+    steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    scored = [step for step in steps if step in self.losses]
+    scored.sort(key=lambda step: (self.losses[step], -step))
+    kept = {*steps[-self.keep_latest :], *scored[: self.keep_best]}
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _newest_sound(
+  workdir: Path, abstract: PyTree, prefix: str
+) -> tuple[list[Damaged], tuple[int, PyTree] | None]:
+  """The newest step that can be restored, after those that cannot."""
+  damaged: list[Damaged] = []
+  for step in reversed(saved_steps(workdir)):
+    try:
+      tree = saved_step.restore(_step_folder(workdir, step), abstract, prefix)
+    except Damaged as error:
+      damaged.append(error)
+    else:
+      return damaged, (step, tree)
+  return damaged, None
+
+
+def _free_place(workdir: epath.Path, step: int) -> epath.Path:
+  for number in itertools.count(1):
+    place = workdir / _DAMAGED / f'{step}-{number}'
+    if not place.exists():
+      return place
+  raise AssertionError
+
+
+def _step_folder(workdir: Path, step: int) -> epath.Path:
+  steps = saved_steps(workdir)
+  folder = epath.Path(workdir) / _CHECKPOINTS
+  if step not in steps:
+    there = ', '.join(map(str, steps)) or 'none'
+    raise UserError(f'{folder} has no step {step}; it has: {there}')
+  return folder / str(step)
+
+
+def _synchronise(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _warn(message: str, *values: object) -> None:
+  if jax.process_index() == 0:
+    _log.warning(message, *values)

@@ -1,0 +1,1 @@
+"""From prepared files to batches of NumPy arrays: no device is touched."""

@@ -1,0 +1,215 @@
+"""Metrics on disk: metrics.jsonl for programs, TensorBoard for people.
+
+A line of metrics.jsonl is one JSON object: a training step's (`step` s is the
+update from state s to state s + 1) or, with a `split`, an evaluation's (of
+state `step`). When a run resumes, what it will compute again is dropped, so
+that the file ends as if nothing had happened. JSON knows no NaN: such numbers
+are the strings NaN, Infinity and -Infinity, which `float` understands.
+"""
+
+import json
+import math
+import sys
+import time
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeAlias, cast
+
+from etils import epath
+
+from perceiver_ar.errors import UserError
+
+Row: TypeAlias = dict[str, Any]
+
+_NONFINITE = {x: float(x) for x in ('NaN', 'Infinity', '-Infinity')}
+
+
+class Writer:
+  """Writes metrics on process 0, and nothing on the others."""
+
+  def __init__(
+    self, workdir: epath.PathLike, *, first_step: int, process_index: int
+  ):
+    """Drops what the steps from `first_step` on had written before."""
+    self._file = self._tensorboard = None
+    if process_index:
+      return
+    path = _path(workdir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _drop_from(path, first_step)
+    self._file = path.open('ab')
+    self._tensorboard = _tensorboard(path.parent / 'tensorboard', first_step)
+    for row in kept:
+      # TensorBoard hides everything from `first_step` on, these too.
+      if row['step'] == first_step:
+        self._write_tensorboard(first_step, row)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Numbers (of Python, NumPy or JAX) and strings; `split` if evaluated."""
+    if self._file is None:
+      return
+    row = {name: _plain(value) for name, value in values.items()}
+    line = json.dumps({'step': step} | row, allow_nan=False) + '\n'
+    self._file.write(line.encode())
+    self._file.flush()
+    self._write_tensorboard(step, row)
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+  def _write_tensorboard(self, step: int, row: Mapping[str, Any]) -> None:
+    prefix = row.get('split', 'train')
+    numbers = {
+      f'{prefix}/{name}': float(value)
+      for name, value in row.items()
+      if name != 'step' and (isinstance(value, int | float) or _is_nan(value))
+    }
+    assert self._tensorboard is not None
+    self._tensorboard.write_scalars(step, numbers)
+
+
+def read(workdir: epath.PathLike) -> tuple[list[Row], list[Row]]:
+  """The rows of the training steps, and those of the evaluations.
+
+  Raises:
+    UserError: there is no metrics.jsonl, or a line before the last is broken.
+  """
+  path = _path(workdir)
+  if not path.exists():
+    raise UserError(f'{path} does not exist; train first, or name another run')
+  rows = [
+    {k: _NONFINITE[v] if _is_nan(v) else v for k, v in row.items()}
+    for _, row in _read_lines(path)
+  ]
+  return (
+    [row for row in rows if 'split' not in row],
+    [row for row in rows if 'split' in row],
+  )
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """What a few training steps, the last ones, come to in one line.
+
+  Losses are summed over targets and then divided, so that a step with few
+  targets counts for little.
+  """
+  num_targets = sum(row['num_targets'] for row in rows)
+  total = sum(row['loss'] * row['num_targets'] for row in rows)
+  seconds = sum(row['seconds'] for row in rows)
+  return {
+    'loss': total / num_targets if num_targets else math.nan,
+    'grad_norm': sum(row['grad_norm'] for row in rows) / len(rows),
+    'learning_rate': rows[-1]['learning_rate'],
+    'seconds_per_step': seconds / len(rows),
+    'targets_per_second': num_targets / seconds if seconds else math.nan,
+  }
+
+
+def _path(workdir: epath.PathLike) -> epath.Path:
+  return epath.Path(workdir) / 'metrics.jsonl'
+
+
+def _plain(value: Any) -> int | float | str:
+  if hasattr(value, 'item'):  # an array of NumPy or JAX
+    value = value.item()
+  assert isinstance(value, int | float | str), value
+  if isinstance(value, float) and not math.isfinite(value):
+    if math.isnan(value):
+      return 'NaN'
+    return 'Infinity' if value > 0 else '-Infinity'
+  return value
+
+
+def _is_nan(value: Any) -> bool:
+  return isinstance(value, str) and value in _NONFINITE
+
+
+def _read_lines(path: epath.Path) -> list[tuple[bytes, Row]]:
+  """Lines and what they say, without what a crash tore off at the end."""
+  lines = [(line, _parse(line)) for line in path.read_bytes().splitlines()]
+  while lines and lines[-1][1] is None:
+    lines.pop()
+  parsed = []
+  for number, (line, row) in enumerate(lines, 1):
+    if row is None:
+      raise UserError(
+        f'{path} line {number} is not a JSON object with a step; repair or '
+        'delete that line'
+      )
+    parsed.append((line, row))
+  return parsed
+
+
+def _parse(line: bytes) -> Row | None:
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) and 'step' in row else None
+
+
+def _drop_from(path: epath.Path, first_step: int) -> list[Row]:
+  """Rewrites the file without what will be computed again; returns the rest."""
+  if not path.exists():
+    return []
+  kept = [
+    (line, row)
+    for line, row in _read_lines(path)
+    if row['step'] < first_step
+    # The evaluation of the state that the run resumes from; a run that starts
+    # from nothing will repeat that, too.
+    or ('split' in row and row['step'] == first_step > 0)
+  ]
+  content = b''.join(line + b'\n' for line, _ in kept)
+  if content != path.read_bytes():
+    temporary = path.parent / f'{path.name}.tmp'
+    temporary.write_bytes(content)
+    temporary.replace(path)
+  return [row for _, row in kept]
+
+
+class _TensorBoardWriter:
+  """The part of clu's MetricWriter that numbers need, by tensorboardX."""
+
+  def __init__(self, folder: epath.Path, first_step: int):
+    import tensorboardX
+
+    self._writer = tensorboardX.SummaryWriter(
+      str(folder),
+      purge_step=first_step,
+      # Names have whole seconds: a quick restart would overwrite its own file.
+      filename_suffix=f'.{time.time_ns()}',
+    )
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def _tensorboard(folder: epath.Path, first_step: int) -> Any:
+  """A clu writer that works in the background; errors surface when called."""
+  # clu imports TensorFlow for its own summary writer, which we do not use.
+  name = 'clu.metric_writers.summary_writer'
+  if name not in sys.modules:
+    module = types.ModuleType(name)
+    cast(Any, module).SummaryWriter = _TensorBoardWriter
+    sys.modules[name] = module
+  from clu import metric_writers
+
+  writer = cast(Any, _TensorBoardWriter(folder, first_step))
+  return metric_writers.AsyncMultiWriter([writer])

@@ -1,0 +1,1 @@
+"""Flax modules: they see logical axis names and never a mesh."""

@@ -1,0 +1,82 @@
+"""Position encodings: sinusoidal and rotary.
+
+Both need sines and cosines of position times frequency. A table of them grows
+with the longest document (60 % of the published 131k model was one), and a
+float32 product loses 0.01 radians at position 131,072. Here a position is
+written in base 256 and its angle is the sum of its digits' angles, so three
+tables of 256 rows, made in float64, serve every position below 2**24 to
+float32 precision. They are constants of the compiled step, never parameters.
+
+Letters: T positions, E embedding width, H heads, K head size, R frequencies.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BASE = 256
+_NUM_DIGITS = 3
+MAX_POSITION = _BASE**_NUM_DIGITS - 1
+
+
+def unit_circle(
+  positions: jax.Array, frequencies_R: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+  """Sines and cosines of positions * frequencies, [..., R] float32 each.
+
+  Args:
+    positions: integers in [0, MAX_POSITION], any shape.
+    frequencies_R: radians per position, float64.
+  """
+  digits = np.arange(_BASE, dtype=np.float64)[:, None]
+  sin, cos = jnp.float32(0), jnp.float32(1)
+  for i in range(_NUM_DIGITS):
+    angles = digits * _BASE**i * frequencies_R
+    digit = positions // _BASE**i
+    if i < _NUM_DIGITS - 1:
+      digit %= _BASE
+    # The highest digit of too large a position finds NaN.
+    look_up = lambda x, digit=digit: (
+      jnp.asarray(x, jnp.float32).at[digit].get(mode='fill', fill_value=jnp.nan)
+    )
+    s, c = look_up(np.sin(angles)), look_up(np.cos(angles))
+    sin, cos = (s, c) if i == 0 else (sin * c + cos * s, cos * c - sin * s)
+  return sin, cos
+
+
+def sinusoidal(positions: jax.Array, width: int) -> jax.Array:
+  """All sines, then all cosines, [..., E]; wavelengths from 2 pi to 2e4 pi."""
+  half = width // 2
+  rates = np.exp(-np.arange(half) * np.log(10_000.0) / (half - 1))
+  return jnp.concatenate(unit_circle(positions, rates), axis=-1)
+
+
+def rotary_frequencies(num: int, max_wavelength: int) -> np.ndarray:
+  """From 1 down to 1 / max_wavelength, both ends included (as published)."""
+  return max_wavelength ** -np.linspace(0.0, 1.0, num)
+
+
+def rotate(
+  x_BTHK: jax.Array,
+  circle: tuple[jax.Array, jax.Array],
+  num_heads: int,
+) -> jax.Array:
+  """Rotates channel pairs (r, r + R) of the first `num_heads` heads.
+
+  The published model pairs neighbours (2r, 2r + 1). Halves are the same model
+  with the columns of the query and key projections permuted, and move whole
+  vectors instead of single channels; `tools/import_official.py` permutes.
+
+  Args:
+    x_BTHK: queries or keys.
+    circle: sines and cosines of the angles, [B or 1, T, R] each, R <= K / 2.
+    num_heads: the remaining heads, and channels from 2R on, pass through.
+  """
+  sin, cos = (x[:, :, None, :].astype(x_BTHK.dtype) for x in circle)
+  R = sin.shape[-1]
+  if not R or not num_heads:
+    return x_BTHK
+  heads, rest = x_BTHK[:, :, :num_heads], x_BTHK[:, :, num_heads:]
+  a, b, tail = heads[..., :R], heads[..., R : 2 * R], heads[..., 2 * R :]
+  turned = [a * cos - b * sin, b * cos + a * sin, tail]
+  return jnp.concatenate([jnp.concatenate(turned, -1), rest], 2)

@@ -1,0 +1,229 @@
+"""Where arrays live: the mesh, and rules from logical axes to its axes.
+
+Models name the axes of their parameters ('embed', 'heads', ...). A set of
+rules maps these names to mesh axes. Linen applies rules but does not check
+them: it replicates an axis without a rule, drops a mesh axis that is used
+twice, and takes names of the wrong number. All of that is refused here.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from perceiver_ar.config import MESH_AXES, MeshConfig
+from perceiver_ar.errors import UserError
+
+BATCH_AXES = ('slice', 'data')
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+_ACTIVATIONS: Rules = {
+  'batch': BATCH_AXES,
+  'context': 'context',
+  'latents': None,
+}
+_UNSHARDED: Rules = dict.fromkeys(
+  (
+    'embed',
+    'latent_embed',
+    'heads',
+    'kv',
+    'mlp',
+    'vocab',
+    'positions',
+    'layers',
+    'norm',
+  )
+)
+_FSDP: Rules = {'embed': 'data'}
+# The vocabulary stays whole: the 259 ids of bytes divide by nothing.
+_TENSOR: Rules = {'heads': 'model', 'mlp': 'model', 'latent_embed': 'model'}
+# Elements (64 MiB of float32) from which on a parameter must be sharded, if
+# the rules shard parameters at all.
+_LARGE = 2**24
+
+
+def parameter_rules(name: str) -> Rules:
+  sets: dict[str, Rules] = {
+    'replicated': {},
+    'fsdp': _FSDP,
+    'tensor': _TENSOR,
+    'fsdp_tensor': {**_FSDP, **_TENSOR},
+  }
+  if name not in sets:
+    raise UserError(
+      f'mesh.rules {name!r} does not exist; use one of {", ".join(sets)}'
+    )
+  return {**_UNSHARDED, **sets[name]}
+
+
+@contextlib.contextmanager
+def activations(mesh: Mesh, name: str) -> Iterator[None]:
+  """Inside a compiled function: logical axes of activations mean `mesh`'s.
+
+  They keep `embed` whole: FSDP shards parameters, not activations.
+  """
+  rules = {**parameter_rules(name), **_ACTIVATIONS, 'embed': None}
+  # Without a mesh in the context Linen's constraints silently do nothing.
+  with (
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    nn.logical_axis_rules(list(rules.items())),
+  ):
+    yield
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+  """The devices as slice x data x context x model; -1 takes what is left.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  asked = ' x '.join(
+    f'{axis} {size}' for axis, size in zip(MESH_AXES, sizes, strict=True)
+  )
+  fixed = math.prod(size for size in sizes if size != -1)
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise UserError(
+      f'mesh {asked}: sizes must be positive, and at most one may be -1'
+    )
+  if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+    raise UserError(
+      f'mesh {asked} does not fit {len(devices)} devices; its sizes must '
+      f'multiply to {len(devices)}, or one of them be -1'
+    )
+  shape = [len(devices) // fixed if size == -1 else size for size in sizes]
+  return Mesh(
+    np.asarray(devices).reshape(shape),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+  """A sharding for every parameter of an abstract, boxed tree, unboxed.
+
+  Raises:
+    UserError: an axis has no rule or no mesh axis to go to, is sharded twice,
+      is not divisible, or a large parameter stays whole; the sentence names
+      the parameter.
+  """
+
+  def one(path: Any, leaf: Any) -> NamedSharding:
+    name = '/'.join(str(key.key) for key in path)
+    assert isinstance(leaf, nn.LogicallyPartitioned), f'{name} has no axes'
+    spec = _spec(name, leaf.value.shape, leaf.names, mesh, rules)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+    one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  )
+
+
+def _spec(
+  name: str,
+  shape: tuple[int, ...],
+  axes: Sequence[str | None],
+  mesh: Mesh,
+  rules: Rules,
+) -> PartitionSpec:
+  if len(axes) != len(shape):
+    raise UserError(
+      f'{name} has shape {shape} and {len(axes)} logical axes {tuple(axes)}; '
+      'name one per dimension'
+    )
+  if missing := [axis for axis in axes if axis not in rules]:
+    raise UserError(
+      f'{name}: no rule for logical axis {missing[0]!r}; add it to '
+      'partitioning.py'
+    )
+  entries = [rules[axis] for axis in axes if axis is not None]
+  used: set[str] = set()
+  for axis, size, entry in zip(axes, shape, entries, strict=True):
+    over = (entry,) if isinstance(entry, str) else entry or ()
+    if unknown := set(over) - set(mesh.axis_names):
+      raise UserError(
+        f'{name}: logical axis {axis!r} goes to {sorted(unknown)[0]!r}, and '
+        f'the mesh has {", ".join(mesh.axis_names)}'
+      )
+    if used & set(over):
+      raise UserError(
+        f'{name}: logical axes {tuple(axes)} use mesh axis '
+        f'{sorted(used & set(over))[0]!r} twice; give one of them another rule'
+      )
+    used |= set(over)
+    ways = math.prod(mesh.shape[m] for m in over)
+    if size % ways:
+      raise UserError(
+        f'{name}: axis {axis!r} of size {size} is not divisible by mesh axis '
+        f'{"*".join(over)} of size {ways}; change the size, the mesh or '
+        'mesh.rules'
+      )
+  _check_sharded(name, shape, used, mesh, rules)
+  return PartitionSpec(*entries)
+
+
+def _check_sharded(
+  name: str, shape: tuple[int, ...], used: set[str], mesh: Mesh, rules: Rules
+) -> None:
+  """Under rules that shard parameters, a large one must not be left whole."""
+  wanted = {m for m in rules.values() if m and mesh.shape[str(m)] > 1}
+  if wanted and not used & wanted and math.prod(shape) >= _LARGE:
+    raise UserError(
+      f'{name} with {math.prod(shape):,} elements is left whole on every '
+      'device; give one of its axes a rule'
+    )
+
+
+def optimizer_shardings(
+  optimizer: optax.GradientTransformation,
+  abstract_params: Any,
+  shardings: Any,
+  mesh: Mesh,
+) -> Any:
+  """Moments live with their parameters; counts and factors on every device."""
+  whole = replicated(mesh)
+  return optax.tree.map_params(
+    optimizer,
+    lambda moment, param, sharding: (
+      sharding if moment.shape == param.shape else whole
+    ),
+    jax.eval_shape(optimizer.init, abstract_params),
+    abstract_params,
+    shardings,
+    transform_non_params=lambda _: whole,
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over slice and data."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(key: str, size: int, mesh: Mesh) -> None:
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if size % ways:
+    raise UserError(
+      f'{key} {size} is not divisible by mesh axes slice*data of size {ways}; '
+      f'use a multiple of {ways}, or a smaller data axis'
+    )
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """This host's rows as global arrays, sharded over rows."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }

@@ -1,0 +1,239 @@
+"""One saved step on disk: what it says about itself, and reading it back.
+
+Every step has a manifest in its _CHECKPOINT_METADATA: dtype, shape and
+checksum of every array, the loss, a digest of the config, the versions that
+wrote it; and a digest of all that. `restore` believes nothing else.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata as package_metadata
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from perceiver_ar.checksums import PyTree, checksums, flatten, nest
+from perceiver_ar.errors import UserError
+
+# Of these a restore may die although the files are sound.
+_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE')
+_PACKAGES = ('perceiver-ar', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+
+
+class Damaged(UserError):  # noqa: N818 (it is a state)
+  """The files of a checkpoint are not those that were saved."""
+
+  def __init__(self, folder: epath.Path, reason: str):
+    super().__init__(f'checkpoint {folder} is damaged: {reason}')
+    self.step = int(folder.name)
+    self.reason = reason
+
+
+def make_manifest(
+  step: int, state: PyTree, config_json: Any, loss: float | None
+) -> dict[str, Any]:
+  arrays = flatten(state)
+  sums = checksums(state)
+  return {
+    'step': step,
+    # A loss that is not a number cannot be the best.
+    'loss': loss if loss is not None and math.isfinite(loss) else None,
+    'arrays': {
+      name: [np.dtype(leaf.dtype).name, list(leaf.shape), sums[name]]
+      for name, leaf in arrays.items()
+    },
+    'config_sha256': digest(config_json),
+    'versions': {name: package_metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+  stored = _read_json(folder, '_CHECKPOINT_METADATA')
+  try:
+    manifest = stored['custom_metadata']['manifest']
+    expected = stored['custom_metadata']['sha256']
+  except (KeyError, TypeError) as error:
+    raise Damaged(folder, '_CHECKPOINT_METADATA has no manifest') from error
+  if digest(manifest) != expected:
+    raise Damaged(folder, '_CHECKPOINT_METADATA does not match its digest')
+  if manifest['step'] != int(folder.name):
+    raise Damaged(folder, f'it was saved as step {manifest["step"]}')
+  return manifest
+
+
+def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:
+  value = _read_json(folder, 'config/metadata')
+  if digest(value) != manifest['config_sha256']:
+    raise Damaged(folder, 'config/metadata does not match its digest')
+  return value
+
+
+def _read_json(folder: epath.Path, name: str) -> Any:
+  try:
+    return json.loads((folder / name).read_text())
+  except PermissionError:
+    raise
+  except (OSError, ValueError, RecursionError) as error:
+    raise Damaged(folder, f'{name}: {_one_line(error)}') from error
+
+
+def read_loss(folder: epath.Path) -> float | None:
+  try:
+    return read_manifest(folder)['loss']
+  except Damaged:
+    return None  # whoever restores or verifies it says why
+
+
+# Restoring. Each process reads its own shards, and then all agree: a process
+# that fails alone would leave the others waiting in the next collective.
+
+
+def restore(folder: epath.Path, abstract: PyTree, prefix: str) -> PyTree:
+  """The arrays below `prefix`, checked against the manifest."""
+  wanted = {prefix + k: v for k, v in flatten(abstract).items()}
+  try:
+    manifest = read_manifest(folder)
+    read_config(folder, manifest)
+    reason = ''
+  except Damaged as error:
+    manifest, reason = {}, error.reason
+  _agree(folder, reason)
+  saved = {k: v for k, v in manifest['arrays'].items() if k.startswith(prefix)}
+  _check_same_arrays(folder, saved, wanted)
+  try:
+    arrays = _read_arrays(folder, wanted)
+  except Damaged as error:
+    arrays, reason = {}, error.reason
+  _agree(folder, reason)
+  found = checksums(arrays)
+  bad = [name for name in wanted if found[name] != saved[name][2]]
+  if bad:
+    raise Damaged(
+      folder,
+      f'the contents of {bad[0]} are not what was saved'
+      + (f', nor those of {len(bad) - 1} more arrays' if bad[1:] else ''),
+    )
+  leaves = [arrays[name] for name in wanted]
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _read_arrays(
+  folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  abstract = nest(wanted)
+  args = ocp.args.PyTreeRestore(
+    abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    partial_restore=True,
+  )
+  with _quiet_failure() as failure:
+    # The handler alone: a Checkpointer would wait for the other processes.
+    restored = ocp.PyTreeCheckpointHandler().restore(
+      folder / 'state', args=args
+    )
+    arrays = flatten(restored)
+    jax.block_until_ready(arrays)
+  if failure:
+    raise Damaged(folder, f'its arrays cannot be read ({failure[0]})')
+  for name, leaf in wanted.items():
+    array = arrays.get(name)
+    if (
+      not isinstance(array, jax.Array)
+      or array.shape != leaf.shape
+      or array.dtype != leaf.dtype
+    ):
+      raise Damaged(folder, f'{name} is missing or of another shape or dtype')
+  return {name: arrays[name] for name in wanted}
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[list[str]]:
+  """Yields a list that ends up with the reason why the files are unreadable.
+
+  Orbax reads with many coroutines and abandons them all when one fails. Each
+  would print a page about itself, now or when it is garbage collected.
+  """
+  failure: list[str] = []
+  complaints = []
+  complain, sys.unraisablehook = sys.unraisablehook, complaints.append
+  asyncio_log = logging.getLogger('asyncio')
+  try:
+    try:
+      yield failure
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:  # whatever the readers of five formats raise
+      if any(word in str(error) for word in _NOT_DAMAGE):
+        raise
+      failure.append(_one_line(error))
+    if failure:
+      complaints.clear()
+      asyncio_log.disabled = True
+      time.sleep(0.1)  # until the reads that are under way have ended
+      gc.collect()
+      complaints.clear()
+  finally:
+    asyncio_log.disabled = False
+    sys.unraisablehook = complain
+    for complaint in complaints:
+      complain(complaint)
+
+
+def _check_same_arrays(
+  folder: epath.Path,
+  saved: Mapping[str, Sequence[Any]],
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+  """Raises UserError unless names, shapes and dtypes are the same."""
+  differ = []
+  for name in sorted({*saved, *wanted}):
+    old = _describe(*saved[name][:2]) if name in saved else 'absent'
+    leaf = wanted.get(name)
+    new = _describe(leaf.dtype, leaf.shape) if leaf is not None else 'absent'
+    if old != new:
+      differ.append(f'{name} is {old} there and {new} here')
+  if differ:
+    raise UserError(
+      f'checkpoint {folder} holds another model ({len(differ)} arrays differ: '
+      f'{"; ".join(differ[:3])}); use the config that it was trained with'
+    )
+
+
+def _describe(dtype: Any, shape: Sequence[int]) -> str:
+  return f'{np.dtype(dtype).name}[{",".join(map(str, shape))}]'
+
+
+def _agree(folder: epath.Path, reason: str) -> None:
+  """Raises Damaged on every process if any of them has a reason."""
+  if jax.process_count() > 1:
+    bad_P = multihost_utils.process_allgather(np.array(bool(reason)))
+    if bad_P.any() and not reason:
+      reason = f'process {int(np.argmax(bad_P))} could not read it'
+  if reason:
+    raise Damaged(folder, reason)
+
+
+def _one_line(error: BaseException) -> str:
+  """The innermost cause, without TensorStore's page of specification."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = ' '.join(str(error).split()).split(' [tensorstore_spec')[0]
+  if len(text) > 300:
+    text = f'{text[:100]} ... {text[-200:]}'
+  return f'{type(error).__name__}: {text}'

@@ -1,0 +1,248 @@
+"""One optimisation step: pure functions of (state, batch).
+
+Losses, counts and gradients are summed over microbatches and devices and
+divided once, so that a step does not depend on how its batch was cut.
+
+Letters: B batch, M inputs, N latents, P position axes, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from perceiver_ar import losses, partitioning
+from perceiver_ar.config import Config, ModelConfig
+from perceiver_ar.models.perceiver_ar import PerceiverAR
+from perceiver_ar.optimizer import make_optimizer, make_schedule
+
+Params: TypeAlias = Any
+Batch: TypeAlias = dict[str, jax.Array]
+Sums: TypeAlias = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a run needs to go on; randomness and data follow from `step`.
+
+  Attributes:
+    step: batches seen, skipped ones too.
+    params: float32.
+    opt_state: of optax.
+    num_skipped: steps whose loss or gradient was not finite.
+    num_skipped_in_a_row: the same, since the last finite one.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: Any
+  num_skipped: jax.Array
+  num_skipped_in_a_row: jax.Array
+
+
+def _initial_params(config: ModelConfig, key: jax.Array) -> Params:
+  """Parameters boxed with their logical axes."""
+  M, N, P = config.context_length, config.num_latents, config.position_sizes
+  return PerceiverAR(config).init(
+    key,
+    jnp.ones((1, M), jnp.int32),
+    jnp.ones((1, M, len(P)), jnp.int32),
+    num_latents=N,
+  )['params']
+
+
+def abstract_params(config: Config, mesh: Mesh) -> Params:
+  """Shapes, types and shardings of the parameters; nothing is allocated."""
+  boxed = jax.eval_shape(
+    functools.partial(_initial_params, config.model), jax.random.key(0)
+  )
+  shardings = partitioning.parameter_shardings(
+    boxed, mesh, partitioning.parameter_rules(config.mesh.rules)
+  )
+  return _with_shardings(nn.unbox(boxed), shardings)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+  """Shapes, types and shardings of the state; nothing is allocated."""
+  params = abstract_params(config, mesh)
+  optimizer = make_optimizer(config.optimizer)
+  shardings = partitioning.optimizer_shardings(
+    optimizer, params, jax.tree.map(lambda x: x.sharding, params), mesh
+  )
+  count = jax.ShapeDtypeStruct(
+    (), jnp.int32, sharding=partitioning.replicated(mesh)
+  )
+  return TrainState(
+    step=count,
+    params=params,
+    opt_state=_with_shardings(
+      jax.eval_shape(optimizer.init, params), shardings
+    ),
+    num_skipped=count,
+    num_skipped_in_a_row=count,
+  )
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+  """The state before the first step, on the devices where it belongs."""
+  optimizer = make_optimizer(config.optimizer)
+
+  def init(key: jax.Array) -> TrainState:
+    params = nn.unbox(_initial_params(config.model, key))
+    zero = jnp.int32(0)
+    return TrainState(zero, params, optimizer.init(params), zero, jnp.int32(0))
+
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+  key = jax.random.key(config.train.seed)
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def make_train_step(
+  config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+  """The compiled step; it takes over the buffers of the state it is given."""
+  abstract = abstract_state(config, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    with partitioning.activations(mesh, config.mesh.rules):
+      return train_step(state, batch, config)
+
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+    out_shardings=(shardings, partitioning.replicated(mesh)),
+  )
+
+
+def train_step(
+  state: TrainState, batch: Batch, config: Config
+) -> tuple[TrainState, Sums]:
+  """One update.
+
+  Args:
+    state: of `init_state`.
+    batch: `tokens` [B, M + 1], right-aligned, and `positions` [B, M, P].
+    config: static.
+
+  Returns:
+    The next state, and the step's metrics: `loss`, `z_loss` and `correct`
+    summed over `num_targets`, `grad_norm` before clipping, `learning_rate`,
+    `skipped` and `num_skipped_in_a_row`.
+  """
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+  grads, sums = _accumulate(state.params, batch, key, config)
+  if config.optimizer.gradient == 'mean':
+    count = jnp.maximum(sums['num_targets'], 1)
+    grads = jax.tree.map(lambda g: g / count, grads)
+  norm = optax.global_norm(grads)
+  optimizer = make_optimizer(config.optimizer)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+
+  is_finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
+  params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(is_finite, new, old),
+    (params, opt_state),
+    (state.params, state.opt_state),
+  )
+  skipped = 1 - is_finite.astype(jnp.int32)
+  in_a_row = (state.num_skipped_in_a_row + 1) * skipped
+  metrics = sums | {
+    'grad_norm': norm,
+    'learning_rate': make_schedule(config.optimizer)(state.step),
+    'skipped': skipped,
+    'num_skipped_in_a_row': in_a_row,
+  }
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    num_skipped=state.num_skipped + skipped,
+    num_skipped_in_a_row=in_a_row,
+  )
+  return state, metrics
+
+
+def _accumulate(
+  params: Params, batch: Batch, key: jax.Array, config: Config
+) -> tuple[Params, Sums]:
+  """Gradients and sums over all microbatches."""
+  num = config.train.num_microbatches
+  grad = jax.grad(functools.partial(_loss_sum, config=config), has_aux=True)
+  if num == 1:
+    return grad(params, batch, jax.random.fold_in(key, 0))
+
+  def split(x: jax.Array) -> jax.Array:
+    # Strided, so that every microbatch has rows of every device.
+    return x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1)
+
+  def one(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    micro, index = inputs
+    part = grad(params, micro, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, part), None
+
+  parts = (jax.tree.map(split, batch), jnp.arange(num))
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(lambda m, _: grad(params, m, key), *first),
+  )
+  return jax.lax.scan(one, zeros, parts)[0]
+
+
+def _loss_sum(
+  params: Params, batch: Batch, key: jax.Array, config: Config
+) -> tuple[jax.Array, Sums]:
+  """The summed loss of a microbatch, and what is reported of it."""
+  model, N = config.model, config.model.num_latents
+  drops = model.dropout_rate or model.input_dropout_rate
+  inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
+  logits_BNV = PerceiverAR(model).apply(
+    {'params': params},
+    inputs_BM,
+    batch['positions'],
+    num_latents=N,
+    rngs={'dropout': key} if drops or model.num_kept_inputs else {},
+  )
+  assert isinstance(logits_BNV, jax.Array)
+  loss_BN, z_loss_BN = losses.softmax_cross_entropy(
+    logits_BNV,
+    targets_BN,
+    z_loss=config.train.z_loss,
+    label_smoothing=config.train.label_smoothing,
+  )
+  correct_BN = logits_BNV.argmax(-1) == targets_BN
+  sums = {
+    'loss': (loss_BN * weights_BN).sum(),
+    'z_loss': (z_loss_BN * weights_BN).sum(),
+    'correct': (correct_BN * weights_BN).sum(),
+    'num_targets': weights_BN.sum(),
+  }
+  return sums['loss'] + sums['z_loss'], sums
+
+
+def shift(
+  tokens_BT: jax.Array, num_latents: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Inputs [B, M], and targets and their weights (0 on padding) [B, N]."""
+  inputs_BM = tokens_BT[:, :-1]
+  targets_BN = tokens_BT[:, -num_latents:]
+  is_input_BN = inputs_BM[:, -num_latents:] != 0
+  return inputs_BM, targets_BN, is_input_BN.astype(jnp.float32)

@@ -1,0 +1,132 @@
+"""What a workdir says of its run: its config, and the data it was begun on.
+
+`config.json` is the resolved config. `dataset.json` and `vocabulary/` hold
+what sampling needs of the data set, so that a workdir can be copied without
+it: the fingerprint, the vocabulary and the layout of positions.
+"""
+
+import dataclasses
+import json
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from etils import epath
+
+from perceiver_ar import config as config_lib
+from perceiver_ar.config import Config
+from perceiver_ar.data import text
+from perceiver_ar.errors import UserError
+
+Path: TypeAlias = epath.PathLike
+
+
+class DataSet(Protocol):
+  """Any split of a data set, as `data.pipeline.open_documents` returns it."""
+
+  @property
+  def fingerprint(self) -> str: ...
+  @property
+  def codec(self) -> text.Codec: ...
+  @property
+  def layout(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """What a model was trained on."""
+
+  fingerprint: str
+  codec: text.Codec
+  layout: dict[str, Any]
+
+
+def begin(workdir: Path, config: Config, data: DataSet) -> None:
+  """Writes what identifies the run, or checks that it is the same run.
+
+  Raises:
+    UserError: the workdir belongs to another config or another data set; the
+      differences are listed.
+  """
+  folder = epath.Path(workdir)
+  if (folder / 'config.json').exists():
+    old = config_lib.resolve(read_config(workdir))
+    if lines := config_lib.differences(old, config):
+      raise UserError(
+        f'{folder} belongs to another config: {"; ".join(lines)}; choose '
+        'another --workdir, or set these keys back'
+      )
+    if (folder / 'dataset.json').exists():
+      check_fingerprint(workdir, data)
+  _write_dataset(folder, data)
+  _write(folder / 'config.json', config.to_json())
+
+
+def check_fingerprint(workdir: Path, data: DataSet) -> None:
+  trained = read_trained(workdir)
+  if trained.fingerprint != data.fingerprint:
+    raise UserError(
+      f'{epath.Path(workdir)} was begun on data set '
+      f'{trained.fingerprint[:12]}, and data.path holds '
+      f'{data.fingerprint[:12]}; give it back its data, or choose another '
+      '--workdir'
+    )
+
+
+def check_vocabulary(workdir: Path, data: DataSet) -> None:
+  """For evaluation on other data, which must still mean the same by an id."""
+  old, new = read_trained(workdir).codec, data.codec
+  if old.sha256 != new.sha256:
+    raise UserError(
+      f'{epath.Path(workdir)} was trained with vocabulary {old.kind} '
+      f'{old.vocab_size} ({old.sha256[:12]}), and the data set has {new.kind} '
+      f'{new.vocab_size} ({new.sha256[:12]}); prepare the data with the '
+      "model's vocabulary"
+    )
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+  """The resolved config as a nested dict; `config.resolve` takes it."""
+  return _read(epath.Path(workdir) / 'config.json')
+
+
+def read_trained(workdir: Path) -> Trained:
+  folder = epath.Path(workdir)
+  raw = _read(folder / 'dataset.json')
+  codec = text.open_codec(
+    text.Vocabulary(**raw['vocabulary']), folder / 'vocabulary'
+  )
+  return Trained(
+    fingerprint=raw['fingerprint'], codec=codec, layout=raw['positions']
+  )
+
+
+def _write_dataset(folder: epath.Path, data: DataSet) -> None:
+  vocabulary = text.save_codec(data.codec, folder / 'vocabulary')
+  about = {
+    'fingerprint': data.fingerprint,
+    'vocabulary': dataclasses.asdict(vocabulary),
+    'positions': data.layout,
+  }
+  content = json.dumps(about, default=np.ndarray.tolist)
+  _write(folder / 'dataset.json', content + '\n')
+
+
+def _write(path: epath.Path, content: str) -> None:
+  """All or nothing, even if the process dies while it writes."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f'{path.name}.tmp'
+  temporary.write_text(content)
+  temporary.replace(path)
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(
+      f'{path} does not exist; --workdir must be the folder of a run'
+    ) from error
+  except ValueError as error:
+    raise UserError(
+      f'{path} is not JSON ({error}); restore it from a copy'
+    ) from error

@@ -1,0 +1,11 @@
+"""Eight fake CPU devices, and no silent broadcasting, in every test."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')

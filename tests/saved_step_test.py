@@ -1,0 +1,62 @@
+"""Damaged files are refused, whichever they are."""
+
+import itertools
+import shutil
+
+from etils import epath
+from states import CONFIG, make_mesh, make_state, same, sharded
+
+from perceiver_ar import checkpoint, saved_step
+
+
+def cut(content):
+  return content[: len(content) // 2]
+
+
+def empty(content):
+  del content
+  return b''
+
+
+def delete(content):
+  del content
+
+
+def flip(share):
+  def change(content):
+    changed = bytearray(content)
+    if changed:
+      changed[int(share * (len(changed) - 1))] ^= 0x10
+    return bytes(changed)
+
+  return change
+
+
+CHANGES = [cut, empty, delete, flip(0.05), flip(0.5)]
+
+
+def test_no_damage_to_any_file_yields_a_wrong_value(tmp_path):
+  expected = make_state(3)
+  with checkpoint.Checkpoints(tmp_path, CONFIG.checkpoint) as checkpoints:
+    checkpoints.save(3, expected, config=CONFIG, loss=None)
+  abstract = sharded(make_mesh(4, 2), expected)
+  folder = tmp_path / 'checkpoints' / '3'
+  files = [p.relative_to(folder) for p in folder.rglob('*') if p.is_file()]
+  num_damaged = dict.fromkeys(files, 0)
+  for number, (name, change) in enumerate(itertools.product(files, CHANGES)):
+    broken = tmp_path / f'broken{number}' / '3'
+    shutil.copytree(folder, broken)
+    content = change((folder / name).read_bytes())
+    if content is None:
+      (broken / name).unlink()
+    else:
+      (broken / name).write_bytes(content)
+    try:
+      state = saved_step.restore(epath.Path(broken), abstract, '')
+      assert same(state, expected), name
+    except saved_step.Damaged as error:
+      assert error.step == 3
+      assert '\n' not in str(error)
+      num_damaged[name] += 1
+  # No change of the manifest, the config or the index of arrays is harmless.
+  assert sum(n >= len(CHANGES) - 1 for n in num_damaged.values()) >= 4
