@@ -3,6 +3,7 @@
 Letters: B examples, M inputs, N latents, V vocabulary.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -123,32 +124,47 @@ def _run(
   """Our logits and losses, and the gradients of the sum of the losses."""
   lengths_B, positions_BMP = examples.lengths_B, examples.positions_BMP
   assert positions_BMP is not None
-  tokens_BM = official_data.right_aligned(examples.inputs_BM, lengths_B)
-  positions_BMP = official_data.right_aligned(positions_BMP, lengths_B)
-  targets_BN = mask_BN * 0 if labels_BN is None else labels_BN
-
-  def loss_sum(params: Any) -> tuple[jax.Array, Any]:
-    logits_BNV = PerceiverAR(model).apply(
-      {'params': params},
-      tokens_BM,
-      positions_BMP,
-      num_latents=model.num_latents,
-    )
-    assert isinstance(logits_BNV, jax.Array)
-    loss_BN, z_loss_BN = losses.softmax_cross_entropy(
-      logits_BNV, jnp.asarray(targets_BN), z_loss=_Z_LOSS, label_smoothing=0.0
-    )
-    loss_BN = jnp.where(mask_BN, loss_BN + z_loss_BN, 0)
-    return loss_BN.sum(), (logits_BNV, loss_BN)
-
-  def run(params: Any) -> tuple[Any, Any]:
-    if not with_gradients:
-      return None, loss_sum(params)[1]
-    return jax.grad(loss_sum, has_aux=True)(params)
-
+  batch = {
+    'tokens': official_data.right_aligned(examples.inputs_BM, lengths_B),
+    'positions': official_data.right_aligned(positions_BMP, lengths_B),
+    'targets': mask_BN * 0 if labels_BN is None else labels_BN,
+    'mask': mask_BN,
+  }
+  run = _with_gradients if with_gradients else _without_gradients
   with jax.default_matmul_precision('highest'):
-    grads, (logits_BNV, loss_BN) = jax.jit(run)(params)
+    grads, (logits_BNV, loss_BN) = run(params, batch, model)
   return logits_BNV, loss_BN, grads
+
+
+def _loss_sum(
+  params: Any, batch: dict[str, jax.Array], model: ModelConfig
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  logits_BNV = PerceiverAR(model).apply(
+    {'params': params},
+    batch['tokens'],
+    batch['positions'],
+    num_latents=model.num_latents,
+  )
+  assert isinstance(logits_BNV, jax.Array)
+  loss_BN, z_loss_BN = losses.softmax_cross_entropy(
+    logits_BNV, batch['targets'], z_loss=_Z_LOSS, label_smoothing=0.0
+  )
+  loss_BN = jnp.where(batch['mask'], loss_BN + z_loss_BN, 0)
+  return loss_BN.sum(), (logits_BNV, loss_BN)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _with_gradients(
+  params: Any, batch: dict[str, jax.Array], model: ModelConfig
+) -> Any:
+  return jax.grad(_loss_sum, has_aux=True)(params, batch, model)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _without_gradients(
+  params: Any, batch: dict[str, jax.Array], model: ModelConfig
+) -> Any:
+  return None, _loss_sum(params, batch, model)[1]
 
 
 def _outputs(

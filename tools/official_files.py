@@ -46,8 +46,9 @@ class Published:
 
 
 def read_npz(path: Path) -> Published:
+  content = io.BytesIO(_read(path))
   try:
-    with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
+    with np.load(content, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
   except Exception as error:  # a damaged file raises anything
     raise UserError(
@@ -73,8 +74,9 @@ def read_npz(path: Path) -> Published:
 
 
 def read_pickle(path: Path) -> Published:
+  content = io.BytesIO(_read(path))
   try:
-    tree = _Unpickler(io.BytesIO(_read(path))).load()
+    tree = _Unpickler(content).load()
   except UserError as error:
     raise UserError(f'{path} {error}') from error
   except Exception as error:  # a damaged pickle raises anything

@@ -24,8 +24,6 @@ from perceiver_ar.data import layouts, records, text, writer
 from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 
-_VOCABULARY_FILE = 'sentencepiece.model'
-
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -107,7 +105,7 @@ def prepare(
     codec = text.ByteCodec()
     file = ''
     if vocabulary == 'sentencepiece':
-      file = _VOCABULARY_FILE
+      file = text.MODEL_FILE
       texts = [document for document in documents if document.split == 'train']
       with Progress('read for the vocabulary', len(texts), 'documents') as bar:
         text.train_sentencepiece(

@@ -19,7 +19,7 @@ from perceiver_ar.errors import UserError
 PAD, EOS, SOS = 0, 1, 2
 NUM_RESERVED = 3
 _UNKNOWN = 3  # of sentencepiece; byte fallback leaves it without use
-MODEL_FILE = 'vocabulary.model'
+MODEL_FILE = 'sentencepiece.model'
 SPACE_MARK = '\u2581'  # how sentencepiece writes a blank
 # Fixed, because the pieces depend on it in the last bit.
 _TRAINER_THREADS = 4
@@ -39,13 +39,15 @@ class Vocabulary:
 class Codec(Protocol):
   """What turns text into tokens (without SOS and EOS) and back.
 
-  `forbidden` are the ids that a sampler must never emit.
+  `forbidden` are the ids that a sampler must never emit; `separator` stands
+  between the texts of neighbouring tokens.
   """
 
   kind: str
   vocab_size: int
   sha256: str
   forbidden: tuple[int, ...]
+  separator: str
 
   def encode(self, text: str) -> np.ndarray: ...
 
@@ -59,6 +61,7 @@ class ByteCodec:
   vocab_size = 256 + NUM_RESERVED
   sha256 = hashlib.sha256(b'utf-8 bytes + 3').hexdigest()
   forbidden: tuple[int, ...] = (PAD, SOS)
+  separator = ''
 
   def encode(self, text: str) -> np.ndarray:
     data = np.frombuffer(text.encode(), np.uint8)
@@ -75,6 +78,7 @@ class SentencePieceCodec:
 
   kind = 'sentencepiece'
   forbidden: tuple[int, ...] = (PAD, SOS, _UNKNOWN)
+  separator = ''
 
   def __init__(self, model_path: Path):
     self.model = _read(model_path)
@@ -122,6 +126,7 @@ class IdsCodec:
 
   kind = 'ids'
   forbidden: tuple[int, ...] = (PAD, SOS)
+  separator = ' '
 
   def __init__(self, vocab_size: int):
     self.vocab_size = vocab_size
@@ -255,3 +260,40 @@ def _read(path: Path) -> bytes:
       f'vocabulary file {path} cannot be read ({error.strerror}); prepare the '
       'data set again'
     ) from error
+
+
+class TextStream:
+  """Writes sampled tokens to a file as text while they come in.
+
+  A character may be cut between two writes, so the last tokens wait as long
+  as they do not decode by themselves.
+  """
+
+  _LONGEST = 3  # tokens that a cut character can leave behind, as bytes
+
+  def __init__(self, path: Path, codec: Codec):
+    self._file = path.open('w', encoding='utf-8')
+    self._codec = codec
+    self._waiting: list[int] = []
+    self._is_empty = True
+
+  def write(self, ids: Sequence[int] | np.ndarray) -> None:
+    self._waiting += [int(i) for i in ids]
+    for cut in range(self._LONGEST + 1):
+      ready = self._waiting[: len(self._waiting) - cut]
+      if not self._codec.decode(ready).endswith('\ufffd'):
+        self._flush(ready)
+        return
+    self._flush(self._waiting)
+
+  def close(self) -> None:
+    self._flush(self._waiting)
+    self._file.close()
+
+  def _flush(self, ids: list[int]) -> None:
+    if content := self._codec.decode(ids):
+      joint = '' if self._is_empty else self._codec.separator
+      self._file.write(joint + content)
+      self._file.flush()
+      self._is_empty = False
+    self._waiting = self._waiting[len(ids) :]

@@ -30,6 +30,7 @@ _GOLDEN = sorted((_TESTS / 'golden').glob('*.npz'))
 _HALF = _TESTS / 'golden' / 'rotary_half.npz'
 _QUERY = 'p/perceiver_ar/~/cross_attention/attention/linear/w'
 _KEY = 'p/perceiver_ar/~/cross_attention/attention/linear_1/w'
+_GRADIENT = 'g/perceiver_ar/~/cross_attention/attention/linear_2/w'
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -61,8 +62,8 @@ def _config(arrays, **changes):
   return arrays | {'config': np.array(json.dumps(stored))}
 
 
-def _without_outputs(arrays):
-  """For tests that do not look at them: nothing needs to be compiled."""
+def _without_gradients(arrays):
+  """For tests that do not look at them, which take long to compile."""
   return {k: v for k, v in arrays.items() if not k.startswith('g/')}
 
 
@@ -110,12 +111,27 @@ def _check(tool, path):
 
 
 @pytest.mark.parametrize('path', _GOLDEN, ids=lambda path: path.stem)
-def test_golden_outputs_and_gradients_are_reproduced(tool, path):
+def test_golden_outputs_are_reproduced(tool, path, tmp_path):
+  _save(tmp_path / 'weights.npz', _without_gradients(_arrays(path)))
+  result = _check(tool, tmp_path / 'weights.npz')
+  assert result['ok'] and result['not_checked'] == ['gradients']
+  # The tolerance leaves room for other machines.
+  for part in ('logits', 'loss', 'total_loss'):
+    assert result[part] < 1e-5
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(path, marks=[] if path == _HALF else pytest.mark.slow)
+    for path in _GOLDEN
+  ],
+  ids=lambda path: path.stem,
+)
+def test_golden_gradients_are_reproduced(tool, path):
   result = _check(tool, path)
   assert result['ok'] and not result['not_checked']
-  # The tolerance leaves room for other machines.
-  for part in ('logits', 'loss', 'total_loss', 'gradients'):
-    assert result[part] < 1e-5
+  assert result['gradients'] < 1e-5
 
 
 @pytest.mark.parametrize('path', _GOLDEN, ids=lambda path: path.stem)
@@ -144,7 +160,7 @@ _CASES = {
     config(embed=24, width=20, cross_heads=8, frac=1.0, wavelength=100),
     [12, 7],
   ),
-  'nothing_turns': (config(embed=8, cross_heads=8, heads=1), [9, 3]),
+  'heads_too_narrow_to_turn': (config(embed=8, cross_heads=8, heads=1), [9, 3]),
   'one_latent': (config(n=1, layers=3), [12, 1, 6]),
   'all_latents': (config(n=12, embed=32, cross_heads=4), [12, 4, 0]),
   'two_axes': (
@@ -163,7 +179,16 @@ _CASES = {
 }
 
 
-@pytest.mark.parametrize('name', _CASES)
+_QUICK = 'half_the_heads_negated', 'two_axes'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[] if name in _QUICK else pytest.mark.slow)
+    for name in _CASES
+  ],
+)
 def test_random_models_are_reproduced(tool, tmp_path, name):
   c, lengths = _CASES[name]
   arrays = random_file(c, np.random.default_rng(len(name)), lengths)
@@ -173,6 +198,7 @@ def test_random_models_are_reproduced(tool, tmp_path, name):
   assert result['not_checked'] == ['gradients']
 
 
+@pytest.mark.slow
 def test_gradients_of_a_random_model_are_reproduced(tool, tmp_path):
   c = config(embed=24, layers=1, frac_heads=0.5, data_pos=False)
   arrays = random_file(c, np.random.default_rng(0), [12, 2])
@@ -219,10 +245,11 @@ def test_the_command_writes_a_workdir_and_json(tmp_path):
   assert [row['ok'] for row in checkpoint.verify(run)] == [True]
 
 
-@pytest.mark.parametrize('path', _GOLDEN, ids=lambda path: path.stem)
-def test_the_workdir_holds_the_same_model_and_its_inputs(tool, path, tmp_path):
+@pytest.mark.parametrize('stem', ['absolute_learned_3d', 'wide_embedding'])
+def test_the_workdir_holds_the_same_model_and_its_inputs(tool, stem, tmp_path):
+  path = _TESTS / 'golden' / f'{stem}.npz'
   arrays = _arrays(path)
-  assert _import(tool, _without_outputs(arrays), tmp_path) == 0
+  assert _import(tool, _without_gradients(arrays), tmp_path) == 0
   run = tmp_path / 'run'
   expected, params, _ = _load(tool, path)
   step, restored = _restore(run, params)
@@ -235,6 +262,8 @@ def test_the_workdir_holds_the_same_model_and_its_inputs(tool, path, tmp_path):
   trained = workdir.read_trained(run)
   assert trained.fingerprint == documents.fingerprint
   assert trained.codec.vocab_size == saved.model.vocab_size
+  layout = trained.layout.get('rows', np.arange(1, 25)[:, None])
+  np.testing.assert_array_equal(layout, arrays['input_idxs'][0])
   for row, length in enumerate(arrays['lengths']):
     np.testing.assert_array_equal(
       documents[row],
@@ -242,17 +271,10 @@ def test_the_workdir_holds_the_same_model_and_its_inputs(tool, path, tmp_path):
     )
 
 
-def test_positions_of_several_axes_become_a_table(tool, tmp_path):
-  arrays = _arrays(_TESTS / 'golden' / 'absolute_learned_3d.npz')
-  assert _import(tool, _without_outputs(arrays), tmp_path) == 0
-  layout = workdir.read_trained(tmp_path / 'run').layout
-  np.testing.assert_array_equal(layout['rows'], arrays['input_idxs'][0])
-
-
 def test_inputs_that_are_no_documents_are_left_out_and_said(
   tool, tmp_path, capsys
 ):
-  arrays = _without_outputs(_arrays(_HALF))
+  arrays = _without_gradients(_arrays(_HALF))
   arrays['input_idxs'][0] += (arrays['input_idxs'][0] > 0) * 3
   assert _import(tool, arrays, tmp_path) == 0
   assert 'no data set is written: ' in capsys.readouterr().err
@@ -265,7 +287,7 @@ def test_inputs_that_are_no_documents_are_left_out_and_said(
 def test_importing_again_changes_nothing_and_another_model_is_refused(
   tool, tmp_path, capsys
 ):
-  arrays = _without_outputs(_arrays(_HALF))
+  arrays = _without_gradients(_arrays(_HALF))
   assert _import(tool, arrays, tmp_path) == 0
   assert _import(tool, arrays, tmp_path) == 0
   arrays[_QUERY] = arrays[_QUERY] + 1
@@ -278,7 +300,7 @@ def test_importing_again_changes_nothing_and_another_model_is_refused(
   [
     lambda a: {_QUERY: a[_QUERY] + 1e-3},
     lambda a: {_QUERY: a[_KEY], _KEY: a[_QUERY]},
-    lambda a: {'g/' + _KEY[2:]: a['g/' + _KEY[2:]] * 1.01},
+    lambda a: {_GRADIENT: a[_GRADIENT] * 1.01},
     lambda a: {'total_loss': a['total_loss'] + np.float32(0.01)},
   ],
   ids=['weight', 'query_and_key', 'gradient', 'total'],
@@ -395,15 +417,16 @@ def _assert_refused(tool, arrays, folder, capsys, said):
 def test_a_flag_fills_what_the_file_lacks_and_contradicts_nothing(
   tool, tmp_path, capsys
 ):
-  arrays = _without_outputs(_arrays(_HALF))
+  arrays = _without_gradients(_arrays(_HALF))
   assert _import(tool, arrays, tmp_path, '--num_self_heads=2') == 2
   assert '--num_self_heads=2' in capsys.readouterr().err
   stored = json.loads(str(arrays['config']))
   del stored['heads']
   arrays['config'] = np.array(json.dumps(stored))
-  assert _import(tool, arrays, tmp_path, '--num_self_heads=2') == 0
-  saved = workdir.read_config(tmp_path / 'run')
-  assert saved['model']['num_self_heads'] == 2
+  _save(tmp_path / 'weights.npz', arrays)
+  published = tool.official_files.read_npz(tmp_path / 'weights.npz')
+  c, _, _ = tool.load(published, {'num_self_heads': 2})
+  assert c.model.num_self_heads == 2 and c.model.num_cross_heads == 4
 
 
 # Pickles.
@@ -535,9 +558,12 @@ def test_a_pickle_of_something_else_is_refused(
 
 def test_files_of_another_format_are_refused(tool, tmp_path, capsys):
   path = tmp_path / 'weights'
-  for content in (b'', b'not a zip', pickle.dumps({'a': 1})[:-3]):
-    path.write_bytes(content)
+  for content in (None, b'', b'not a zip', pickle.dumps({'a': 1})[:-3]):
+    if content is not None:
+      path.write_bytes(content)
     for kind in ('npz', 'pickle'):
       code = tool.main([f'--{kind}={path}', f'--workdir={tmp_path / "run"}'])
       message = capsys.readouterr().err
-      assert code == 2 and message.count('\n') == 1 and str(path) in message
+      assert (
+        code == 2 and message.count('\n') == 1 and message.count(str(path)) == 1
+      )

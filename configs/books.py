@@ -1,0 +1,59 @@
+"""Books: whole texts, predicted byte by byte or subword by subword.
+
+First prepare a folder of text files (see tools/prepare_text.py --help):
+    python tools/prepare_text.py --input=FOLDER_OF_TXT --output=DIR
+
+:demo   What `make demo` trains: minutes on a laptop CPU.
+        perceiver-ar train --config=configs/books.py:demo \
+            --config.data.path=DIR --workdir=WORKDIR
+:small  About an hour on a laptop CPU, the same data.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str = 'small') -> ConfigDict:
+  if arg == 'demo':
+    return _demo()
+  if arg == 'small':
+    return _small()
+  raise ValueError(f'configs/books.py has demo and small, not {arg!r}')
+
+
+def _demo() -> ConfigDict:
+  c = default.get_config()
+  c.model.context_length = 384
+  c.model.num_latents = 256
+  c.model.num_layers = 3
+  c.model.width = 96
+  c.model.num_cross_heads = c.model.num_self_heads = 3
+  c.model.scan_unroll = 3
+  c.model.attention_block = 128
+  c.model.dropout_rate = 0.0
+  c.train.num_steps = 1000
+  c.train.batch_size = 8
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.warmup_steps = 50
+  c.checkpoint.save_every = 250
+  c.sample.length = 1000
+  return c
+
+
+def _small() -> ConfigDict:
+  c = _demo()
+  c.model.context_length = 2048
+  c.model.num_latents = 512
+  c.model.num_layers = 5
+  c.model.width = 192
+  c.model.num_cross_heads = c.model.num_self_heads = 6
+  c.model.scan_unroll = 1
+  c.train.num_steps = 6000
+  c.optimizer.learning_rate = 2e-3
+  c.optimizer.warmup_steps = 200
+  c.checkpoint.save_every = 200
+  c.evaluate.every = 1000
+  c.evaluate.max_examples = 4
+  return c

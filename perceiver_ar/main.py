@@ -1,0 +1,316 @@
+"""The command line: flags live here and nowhere else.
+
+A user's mistake ends in one sentence and exit status 2; --debug shows where
+it came from.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from perceiver_ar import config as config_lib
+from perceiver_ar.config import Config
+from perceiver_ar.errors import UserError
+
+_CONFIG_HELP = """
+--config=FILE.py[:ARG] is a file such as configs/books.py:demo; any key of it
+is set by --config.SECTION.KEY=VALUE (configs/default.py explains them all)."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs a command and exits with its status."""
+  args, rest = _parser().parse_known_args(argv)
+  logging.basicConfig(level=logging.WARNING, format='%(message)s')
+  absl_logging.set_verbosity('warning')
+  try:
+    sys.exit(args.run(args, rest))
+  except UserError as error:
+    if args.debug:
+      raise
+    sys.exit(_fail(str(error)))
+  except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+    if args.debug:
+      raise
+    sys.exit(_fail(f'{error.filename}: {error.strerror}; use another path'))
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def _fail(sentence: str) -> int:
+  print(f'perceiver-ar: {sentence}', file=sys.stderr)
+  return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='perceiver-ar',
+    description='Trains, evaluates and samples Perceiver AR models.',
+  )
+  commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+  def command(name: str, run: Any, about: str, config: bool = True) -> Any:
+    sub = commands.add_parser(
+      name,
+      help=about,
+      description=about,
+      epilog=_CONFIG_HELP if config else None,
+      allow_abbrev=False,
+    )
+    sub.set_defaults(run=run, takes_config=config)
+    sub.add_argument(
+      '--workdir', required=True, metavar='DIR', help='the folder of the run'
+    )
+    sub.add_argument(
+      '--debug', action='store_true', help='show tracebacks of mistakes'
+    )
+    return sub
+
+  command('train', _train, 'Train; run again, it goes on where it was.')
+  evaluate = command(
+    'evaluate', _evaluate, 'Score every held-out token once, as JSON.'
+  )
+  evaluate.add_argument('--split', help='of the data set')
+  evaluate.add_argument('--num_latents', type=int, help='N at test time')
+  evaluate.add_argument('--context_length', type=int, help='M at test time')
+  evaluate.add_argument(
+    '--stride', type=int, help='tokens scored per block; 1 is exact and slow'
+  )
+  evaluate.add_argument(
+    '--max_examples', type=int, help='documents, evenly spread; 0: all'
+  )
+  sample = command(
+    'sample', _sample, 'Write samples to WORKDIR/samples, replacing the last.'
+  )
+  sample.add_argument('--num_samples', type=int, help='drawn together')
+  sample.add_argument('--length', type=int, help='new tokens of each')
+  sample.add_argument(
+    '--prompt', metavar='FILE', help='text to go on from, of any length'
+  )
+  sample.add_argument('--temperature', type=float, help='0: the likeliest')
+  sample.add_argument('--top_p', type=float, help='nucleus')
+  sample.add_argument('--top_k', type=int, help='0: all')
+  sample.add_argument('--seed', type=int)
+  sample.add_argument('--num_latents', type=int, help='N at test time')
+  sample.add_argument(
+    '--refill_latents',
+    type=int,
+    help='latents made anew when N are in use; default: half of N',
+  )
+  for sub in (evaluate, sample):
+    sub.add_argument('--step', type=int, help='of the checkpoint; or newest')
+    sub.add_argument(
+      '--output', type=Path, metavar='FILE', help='write the JSON here, too'
+    )
+  checkpoint = command(
+    'checkpoint', _checkpoint, 'Look at checkpoints.', config=False
+  )
+  checkpoint.add_argument(
+    'action',
+    choices=('list', 'verify'),
+    help='list: steps and sizes; verify: every checksum',
+  )
+  checkpoint.add_argument(
+    '--output', type=Path, metavar='FILE', help='write the JSON here'
+  )
+  return parser
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> int:
+  if not any(word.startswith('--config=') for word in rest):
+    raise UserError('train needs --config=FILE.py[:ARG]; see configs/')
+  config = _resolve_flags(rest, None)
+  from perceiver_ar import train
+
+  return train.train_and_evaluate(config, args.workdir)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+  keys = 'split num_latents context_length stride max_examples'.split()
+  config = _run_config(args, rest, 'evaluate', keys)
+  from perceiver_ar import evaluate, workdir
+  from perceiver_ar.data import pipeline
+
+  documents = pipeline.open_documents(
+    config.data, config.evaluate.split, seed=config.train.seed
+  )
+  pipeline.check_compatible(config.model, documents)
+  workdir.check_vocabulary(args.workdir, documents)
+  mesh, step, params = _restore(args, config)
+  evaluator = evaluate.Evaluator(config, documents, mesh)
+  report = {'step': step} | evaluator.run(params, visible=True)
+  _write_json(report, Path(args.workdir) / 'evaluation.json', args.output)
+  print(json.dumps(report, indent=2))
+  return 0
+
+
+def _sample(args: argparse.Namespace, rest: list[str]) -> int:
+  keys = (
+    'num_samples length temperature top_p top_k seed num_latents '
+    'refill_latents'
+  ).split()
+  if args.num_latents and args.refill_latents is None:
+    args.refill_latents = max(args.num_latents // 2, 1)
+  config = _run_config(args, rest, 'sample', keys)
+  from perceiver_ar import sample, workdir
+
+  prompt = _read_prompt(args.prompt) if args.prompt else ''
+  trained = workdir.read_trained(args.workdir)
+  mesh, step, params = _restore(args, config)
+  sampler = sample.Sampler(
+    config,
+    params,
+    mesh,
+    layout=trained.layout,
+    forbidden=trained.codec.forbidden,
+  )
+  folder = Path(args.workdir) / 'samples'
+  report = {'step': step} | sample.write_samples(
+    sampler, trained.codec, prompt, config.sample, folder
+  )
+  _write_json(report, folder / 'samples.json', args.output)
+  print(
+    f'{config.sample.num_samples} samples from step {step} in {folder} '
+    f'({report["tokens_per_second"]:,.0f} tokens/s)'
+  )
+  return 0
+
+
+def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
+  if rest:
+    raise UserError(f'checkpoint does not know {rest[0]}; see --help')
+  from perceiver_ar import checkpoint
+
+  if args.action == 'list':
+    rows = checkpoint.list_steps(args.workdir)
+    for row in rows:
+      loss = 'not evaluated' if row['loss'] is None else f'{row["loss"]:.4f}'
+      print(
+        f'step {row["step"]:>9,}  {row["created"]}  '
+        f'{row["bytes"] / 2**20:,.1f} MiB  loss {loss}'
+      )
+  else:
+    rows = checkpoint.verify(args.workdir)
+    for row in rows:
+      print(f'step {row["step"]:>9,}  {row["reason"] or "sound"}')
+  if not rows:
+    raise UserError(
+      f'{args.workdir} holds no checkpoint; --workdir must be the folder of a '
+      'run'
+    )
+  if args.output:
+    _write_json(rows, args.output)
+  return 0 if all(row.get('ok', True) for row in rows) else 1
+
+
+def _run_config(
+  args: argparse.Namespace, rest: list[str], section: str, keys: list[str]
+) -> Config:
+  """The workdir's config, or --config's for the same model, with flags."""
+  from perceiver_ar import workdir
+
+  raw = workdir.read_config(args.workdir)
+  config = _resolve_flags(rest, raw)
+  model = config_lib.resolve(raw).model
+  if config.model != model:
+    lines = [
+      f'model.{key}: {was!r} -> {now!r}'
+      for (key, was), now in zip(
+        dataclasses.asdict(model).items(),
+        dataclasses.asdict(config.model).values(),
+        strict=True,
+      )
+      if was != now
+    ]
+    raise UserError(
+      f'{args.workdir} holds another model: {"; ".join(lines)}; leave out '
+      "--config to use the run's own"
+    )
+  values = {key: getattr(args, key) for key in keys}
+  changed = {key: value for key, value in values.items() if value is not None}
+  nested = dataclasses.asdict(config)
+  nested[section] |= changed
+  return config_lib.resolve(nested)
+
+
+def _resolve_flags(rest: list[str], base: dict[str, Any] | None) -> Config:
+  """Applies --config=FILE and --config.KEY=VALUE to a file or to `base`."""
+  for word in rest:
+    if not word.startswith(('--config=', '--config.')):
+      raise UserError(
+        f'{word} is no flag of this command; see --help (config keys are set '
+        'by --config.SECTION.KEY=VALUE)'
+      )
+  values = flags.FlagValues()
+  if any(word.startswith('--config=') for word in rest) or base is None:
+    config_flags.DEFINE_config_file('config', flag_values=values)
+  else:
+    config_flags.DEFINE_config_dict(
+      'config', ConfigDict(base), flag_values=values
+    )
+  with _reading(rest):
+    values(['perceiver-ar', *rest])
+    raw = values['config'].value
+  assert isinstance(raw, ConfigDict)
+  return config_lib.resolve(raw.to_dict())
+
+
+@contextlib.contextmanager
+def _reading(rest: list[str]) -> Iterator[None]:
+  """Config files may import their neighbours; what they raise is a mistake."""
+  files = [word[9:] for word in rest if word.startswith('--config=')]
+  roots = [str(Path(f.split(':')[0]).resolve().parent.parent) for f in files]
+  before = list(sys.path)
+  sys.path[:0] = [*roots, str(Path.cwd())]
+  try:
+    yield
+  except Exception as error:
+    reason = str(error.args[0] if error.args else error).strip()
+    if 'Traceback' in reason:  # of what get_config raised
+      reason = reason.splitlines()[-1]
+    reason = ' '.join(reason.replace('\\n', ' ').strip('\'"').split())
+    raise UserError(
+      f'cannot read {" ".join(rest)}: {reason.rstrip(".")}; check the file '
+      'and the keys, configs/default.py lists them all'
+    ) from error
+  finally:
+    sys.path[:] = before
+
+
+def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
+  import jax
+
+  from perceiver_ar import checkpoint, partitioning, train_step
+
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  abstract = train_step.abstract_params(config, mesh)
+  step, params = checkpoint.restore_params(args.workdir, abstract, args.step)
+  return mesh, step, params
+
+
+def _read_prompt(path: str) -> str:
+  try:
+    return Path(path).read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'{path} is not UTF-8 text (byte {error.start}); convert it with iconv'
+    ) from error
+
+
+def _write_json(content: Any, *paths: Path | None) -> None:
+  for path in paths:
+    if path:
+      path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()

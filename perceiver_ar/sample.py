@@ -1,0 +1,369 @@
+"""Sampling: cached, of any length, in constant memory, streamed to disk.
+
+In training a latent never sees more than N - 1 others, so the latents' cache
+is not rolled: when it holds N, the newest `refill_latents` inputs are made
+latents anew and it fills up from there (published appendix E.3). Keys and
+values of the inputs stay valid and are never computed twice; past M the
+oldest make room for the newest.
+
+Letters: B samples, M inputs, N latents, R latents after a refill, T tokens,
+P position axes, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from perceiver_ar import partitioning
+from perceiver_ar.config import Config, SampleConfig
+from perceiver_ar.data import layouts, text
+from perceiver_ar.errors import UserError
+from perceiver_ar.models import cache as cache_lib
+from perceiver_ar.models import positions
+from perceiver_ar.models.cache import Cache
+from perceiver_ar.models.perceiver_ar import PerceiverAR, can_cache
+from perceiver_ar.progress import Progress
+from perceiver_ar.train_step import Params
+
+_PROMPT_CHUNK = 1024  # prompt tokens whose keys are computed together
+_UNCACHED_STEPS = 64  # between looks at the host, without a cache
+
+
+def choose_tokens(
+  logits_BV: jax.Array, keys_B: jax.Array, how: SampleConfig
+) -> jax.Array:
+  """One token for each row, [B] int32.
+
+  The nucleus and the k likeliest are taken before the temperature is applied,
+  as published. Temperature 0 or top_p 0 is the likeliest token.
+
+  Args:
+    logits_BV: float32; -inf for tokens that must not be chosen.
+    keys_B: a random key per row.
+    how: temperature, top_p, top_k.
+  """
+  if how.temperature == 0 or how.top_p == 0:
+    return logits_BV.argmax(-1).astype(jnp.int32)
+  ascending_BV = jnp.sort(logits_BV, axis=-1)
+  lowest_B1 = ascending_BV[:, :1]
+  if how.top_k:
+    kth = max(logits_BV.shape[-1] - how.top_k, 0)
+    lowest_B1 = ascending_BV[:, kth : kth + 1]
+  if how.top_p < 1:
+    mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
+    first_B = jnp.argmax(mass_BV >= 1 - how.top_p, axis=-1)
+    nucleus_B1 = jnp.take_along_axis(ascending_BV, first_B[:, None], axis=-1)
+    lowest_B1 = jnp.maximum(lowest_B1, nucleus_B1)
+  kept_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+  draw = jax.vmap(jax.random.categorical)
+  return draw(keys_B, kept_BV / how.temperature).astype(jnp.int32)
+
+
+class Sampler:
+  """Continues one prompt, B times over.
+
+  A sample is a function of (seed, its row, the prompt): how many others are
+  drawn with it does not matter.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    params: Params,
+    mesh: Mesh,
+    *,
+    layout: dict[str, Any],
+    forbidden: Sequence[int],
+  ):
+    self._config = config
+    self._params = params
+    self._layout = layout
+    how = config.sample
+    partitioning.check_batch('sample.num_samples', how.num_samples, mesh)
+    self._N, self._R = how.num_latents, how.refill_latents
+    self._M = config.model.context_length
+    step = _Step(config, mesh, tuple(forbidden))
+    self._write = jax.jit(step.write, donate_argnums=3)
+    self._segment = jax.jit(step.segment, donate_argnums=3)
+    self._uncached = jax.jit(step.uncached_segment)
+
+  def run(self, prompt_T: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Yields [B, some] new tokens at a time, `length` of them in all.
+
+    Args:
+      prompt_T: at least one token (SOS), any length.
+      length: tokens to draw.
+    """
+    self._check_length(len(prompt_T) + length)
+    if can_cache(self._config.model):
+      yield from self._run_cached(prompt_T, length)
+    else:
+      yield from self._run_uncached(prompt_T, length)
+
+  def _run_cached(
+    self, prompt_T: np.ndarray, length: int
+  ) -> Iterator[np.ndarray]:
+    B = self._config.sample.num_samples
+    cache = cache_lib.empty(self._config.model, B, self._M, self._N)
+    cache = self._prime(prompt_T[:-1], cache)
+    recent_BT = np.tile(prompt_T[-max(self._R, 1) :], (B, 1))
+    index, left = len(prompt_T), length
+    while left:
+      T = min(self._R, index)
+      new_BT, num, cache = self._segment(
+        self._params,
+        jnp.asarray(recent_BT[:, -T:]),
+        self._positions(index - T, index + self._N - T + 1),
+        cache,
+        jnp.int32(index),
+        jnp.int32(left),
+      )
+      new_BT = np.asarray(new_BT)[:, : int(num)]
+      recent_BT = np.concatenate([recent_BT, new_BT], axis=1)[:, -self._R :]
+      index, left = index + new_BT.shape[1], left - new_BT.shape[1]
+      yield new_BT
+
+  def _prime(self, prompt_T: np.ndarray, cache: Cache) -> Cache:
+    """Keys and values of the prompt; what is further back than M is skipped."""
+    B, chunk = self._config.sample.num_samples, min(_PROMPT_CHUNK, self._M)
+    first = max(0, len(prompt_T) + 1 - self._M)
+    cache = dataclasses.replace(cache, num_inputs=jnp.int32(first))
+    # Whole chunks come last, so that only the first may need a compile more.
+    ends = list(range(len(prompt_T), first, -chunk))[::-1]
+    for end in ends:
+      begin = max(first, end - chunk)
+      cache = self._write(
+        self._params,
+        jnp.asarray(np.tile(prompt_T[begin:end], (B, 1))),
+        self._positions(begin, end),
+        cache,
+      )
+    return cache
+
+  def _run_uncached(
+    self, prompt_T: np.ndarray, length: int
+  ) -> Iterator[np.ndarray]:
+    """Every token from a full forward pass: all positions move with it."""
+    B, M = self._config.sample.num_samples, self._M
+    window_BM = np.zeros((B, M), np.int32)
+    tail_T = prompt_T[-M:]
+    window_BM[:, M - len(tail_T) :] = tail_T
+    index, left = len(prompt_T), length
+    while left:
+      num = min(left, _UNCACHED_STEPS)
+      window_BM, new_BT = self._uncached(
+        self._params, jnp.asarray(window_BM), jnp.int32(index)
+      )
+      # The last turn draws more than is asked for.
+      yield np.asarray(new_BT)[:, :num]
+      index, left = index + num, left - num
+
+  def _positions(self, begin: int, end: int) -> jax.Array:
+    """Position ids [B, T, P] of these tokens of the document."""
+    indices = np.minimum(np.arange(begin, end), self._last_index)
+    ids_TP = layouts.positions(self._layout, indices)
+    B = self._config.sample.num_samples
+    return jnp.asarray(np.broadcast_to(ids_TP[None], (B, *ids_TP.shape)))
+
+  def _check_length(self, total: int) -> None:
+    """Refuses samples that would run off the model's positions."""
+    # The last token drawn is never an input. Segments ask for positions past
+    # it, which are not used.
+    self._last_index = total - 2
+    model = self._config.model
+    limits = model.position_sizes
+    if model.position_encoding != 'learned':
+      limits = tuple(size or positions.MAX_POSITION + 1 for size in limits)
+    if model.position_source != 'data':
+      return
+    largest = layouts.largest(self._layout, total - 1)
+    for size, last in zip(limits, largest, strict=True):
+      if last >= size:
+        raise UserError(
+          f'prompt and samples come to {total} tokens, whose positions reach '
+          f'{last}, and the model knows them up to {size - 1}; lower --length '
+          'or shorten the prompt'
+        )
+
+
+class _Step:
+  """The compiled parts, pure functions of (params, tokens, cache, counts)."""
+
+  def __init__(self, config: Config, mesh: Mesh, forbidden: tuple[int, ...]):
+    self._how = config.sample
+    self._model = PerceiverAR(config.model)
+    self._forbidden = forbidden
+    self._pin = functools.partial(
+      partitioning.activations, mesh, config.mesh.rules
+    )
+
+  def write(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BTP: jax.Array,
+    cache: Cache,
+  ) -> Any:
+    with self._pin():
+      return self._model.apply(
+        {'params': params},
+        tokens_BT,
+        positions_BTP,
+        cache,
+        method=PerceiverAR.write_inputs,
+      )
+
+  def segment(
+    self,
+    params: Params,
+    recent_BT: jax.Array,
+    positions_BSP: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    limit: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, Cache]:
+    """Refills the latents with T inputs, then draws until N are in use.
+
+    Args:
+      params: of the model.
+      recent_BT: the last T tokens; the very last is not in the cache yet.
+      positions_BSP: of these T, and of the tokens that will be drawn.
+      cache: holds all inputs but the last.
+      index: of the first token to draw, in its document.
+      limit: draws at most so many.
+
+    Returns:
+      Tokens [B, N - T + 1], how many of them are drawn, and the cache.
+    """
+    B, T = recent_BT.shape
+    room = cache.latents.key.shape[2] - T + 1
+    cache = self.write(
+      params, recent_BT[:, -1:], positions_BSP[:, T - 1 : T], cache
+    )
+    cache = dataclasses.replace(cache, num_latents=jnp.int32(0))
+    logits_BV, cache = self._decode(
+      params, recent_BT, positions_BSP[:, :T], cache
+    )
+    new_BT = jnp.zeros((B, room), jnp.int32)
+    new_BT = new_BT.at[:, 0].set(self._choose(logits_BV, index))
+
+    def body(carry: Any) -> Any:
+      new_BT, num, cache = carry
+      token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, num - 1, 1, 1)
+      position_B1P = jax.lax.dynamic_slice_in_dim(
+        positions_BSP, T + num - 1, 1, 1
+      )
+      cache = self.write(params, token_B1, position_B1P, cache)
+      logits_BV, cache = self._decode(params, token_B1, position_B1P, cache)
+      drawn_B = self._choose(logits_BV, index + num)
+      return new_BT.at[:, num].set(drawn_B), num + 1, cache
+
+    return jax.lax.while_loop(
+      lambda carry: carry[1] < jnp.minimum(room, limit),
+      body,
+      (new_BT, jnp.int32(1), cache),
+    )
+
+  def uncached_segment(
+    self, params: Params, window_BM: jax.Array, index: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Draws some tokens, each from a full forward pass over the window."""
+    N = self._how.num_latents
+    positions_BMP = jnp.zeros((*window_BM.shape, 1), jnp.int32)
+
+    def body(window_BM: jax.Array, i: jax.Array) -> Any:
+      with self._pin():
+        logits_BNV = self._model.apply(
+          {'params': params}, window_BM, positions_BMP, num_latents=N
+        )
+      assert isinstance(logits_BNV, jax.Array)
+      drawn_B = self._choose(logits_BNV[:, -1], index + i)
+      window_BM = jnp.concatenate([window_BM[:, 1:], drawn_B[:, None]], 1)
+      return window_BM, drawn_B
+
+    window_BM, new_TB = jax.lax.scan(
+      body, window_BM, jnp.arange(_UNCACHED_STEPS)
+    )
+    return window_BM, new_TB.T
+
+  def _decode(
+    self,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BTP: jax.Array,
+    cache: Cache,
+  ) -> Any:
+    with self._pin():
+      return self._model.apply(
+        {'params': params},
+        tokens_BT,
+        positions_BTP,
+        cache,
+        method=PerceiverAR.decode,
+      )
+
+  def _choose(self, logits_BV: jax.Array, index: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(self._how.seed), index)
+    rows_B = jnp.arange(logits_BV.shape[0])
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
+    banned = jnp.asarray(self._forbidden, jnp.int32)
+    logits_BV = logits_BV.at[:, banned].set(-jnp.inf)
+    return choose_tokens(logits_BV, keys_B, self._how)
+
+
+def write_samples(
+  sampler: Sampler,
+  codec: text.Codec,
+  prompt: str,
+  how: SampleConfig,
+  folder: Path,
+) -> dict[str, Any]:
+  """Draws samples and streams them to FOLDER/sample-I.txt.
+
+  A sample ends early where it draws EOS.
+
+  Returns:
+    What `samples.json` says of them; file names are relative to the folder.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  prompt_T = np.concatenate([[text.SOS], codec.encode(prompt)])
+  files = [f'sample-{i}.txt' for i in range(how.num_samples)]
+  streams = [text.TextStream(folder / file, codec) for file in files]
+  num_B = np.zeros(how.num_samples, int)
+  ended_B = np.zeros(how.num_samples, bool)
+  start = time.monotonic()
+  with Progress('sample', how.length, 'tokens') as progress:
+    for new_BT in sampler.run(prompt_T.astype(np.int32), how.length):
+      for row, stream in enumerate(streams):
+        if ended_B[row]:
+          continue
+        tokens_T = new_BT[row]
+        ends = np.flatnonzero(tokens_T == text.EOS)
+        ended_B[row] = bool(ends.size)
+        tokens_T = tokens_T[: ends[0]] if ends.size else tokens_T
+        num_B[row] += len(tokens_T)
+        stream.write(tokens_T)
+      progress.advance(new_BT.shape[1])
+      if ended_B.all():
+        break
+  for stream in streams:
+    stream.close()
+  seconds = time.monotonic() - start
+  return {
+    **dataclasses.asdict(how),
+    'prompt': prompt,
+    'seconds': round(seconds, 3),
+    'tokens_per_second': round(float(num_B.sum() / seconds), 1),
+    'samples': [
+      {'file': file, 'num_tokens': int(num), 'ended': bool(ended)}
+      for file, num, ended in zip(files, num_B, ended_B, strict=True)
+    ],
+  }
