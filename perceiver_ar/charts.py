@@ -8,7 +8,7 @@ numbers give the same SVG, byte for byte.
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,8 +90,10 @@ def bars(values: Mapping[str, float], unit: str) -> str:
   """Horizontal bars with their values; the first one is ours."""
 
   def draw(axes: Any) -> None:
-    colors = [_ACCENT] + [_MUTED] * (len(values) - 1)
-    drawn = axes.barh(list(values), list(values.values()), 0.62, color=colors)
+    drawn = axes.barh(list(values), list(values.values()), 0.6, color=_MUTED)
+    for bar in drawn[1:]:
+      bar.set_alpha(0.5)
+    drawn[0].set_color(_ACCENT)
     axes.bar_label(drawn, fmt='%.3f', padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -104,13 +106,12 @@ def bars(values: Mapping[str, float], unit: str) -> str:
   return _svg('bars', (6.4, height), draw, f'{unit}, compared')
 
 
-def _cut_beginning(axes: Any, *values: Sequence[float] | np.ndarray) -> None:
+def _cut_beginning(axes: Any, smooth: np.ndarray, *others: np.ndarray) -> None:
   """Leaves out the first steep fall, which would flatten all the rest."""
-  smooth = values[0][np.isfinite(values[0])]
+  smooth = smooth[np.isfinite(smooth)]
   if len(smooth) < 50:
     return
-  rest = [v[np.isfinite(v)] for v in map(np.asarray, values)]
-  low = min(v.min() for v in rest if len(v))
+  low = min(float(np.nanmin(v)) for v in (smooth, *others) if v.size)
   top = smooth[len(smooth) // 50 :].max()
   margin = 0.06 * (top - low)
   if margin > 0:
@@ -132,7 +133,8 @@ def _svg(
       "'perceiver-ar[demo]'"
     ) from error
   out = io.StringIO()
-  with matplotlib.rc_context({**_STYLE, 'svg.hashsalt': name}):
+  style: Any = _STYLE | {'svg.hashsalt': name}
+  with matplotlib.rc_context(style):
     figure = Figure(size, layout='constrained')
     draw(figure.add_subplot())
     figure.savefig(out, format='svg', transparent=True)

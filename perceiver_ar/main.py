@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.debug:
       raise
     sys.exit(_fail(str(error)))
-  except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-    if args.debug:
+  except OSError as error:
+    # Others than those of a path are not the user's mistakes.
+    if args.debug or error.filename is None:
       raise
     sys.exit(_fail(f'{error.filename}: {error.strerror}; use another path'))
   except KeyboardInterrupt:
@@ -47,12 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail(sentence: str) -> int:
-  print(f'perceiver-ar: {sentence}', file=sys.stderr)
+  # A library's words, quoted in it, may have lines of their own.
+  print(f'perceiver-ar: {" ".join(sentence.split())}', file=sys.stderr)
   return 2
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as for all other mistakes."""
+
+  def error(self, message: str) -> NoReturn:
+    sys.exit(_fail(f'{message}; see {self.prog} --help'))
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog='perceiver-ar',
     description='Trains, evaluates and samples Perceiver AR models.',
   )
@@ -143,8 +152,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   documents = pipeline.open_documents(
     config.data, config.evaluate.split, seed=config.train.seed
   )
-  pipeline.check_compatible(config.model, documents)
   workdir.check_vocabulary(args.workdir, documents)
+  pipeline.check_compatible(config.model, documents)
   mesh, step, params = _restore(args, config)
   evaluator = evaluate.Evaluator(config, documents, mesh)
   report = {'step': step} | evaluator.run(params, visible=True)

@@ -4,20 +4,16 @@ It is a single file without scripts, and needs nothing from elsewhere. What the
 workdir does not hold yet is left out, with a line that says so.
 """
 
-import bz2
 import dataclasses
 import datetime
 import functools
-import gzip
-import html
 import importlib.metadata
 import json
-import lzma
 import math
 import os
 import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +21,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perceiver_ar import charts, evaluate, metrics
+from perceiver_ar import charts, compressors, evaluate, metrics, page
 from perceiver_ar import config as config_lib
 from perceiver_ar import workdir as workdir_lib
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
-from perceiver_ar.page import CSS
-from perceiver_ar.progress import Progress
 
 _MODEL = 'this model'
 _MAX_POINTS = 1_000  # of a curve; beyond, a point is the mean of some steps
 _PACKAGES = (
-  'perceiver-ar jax flax optax orbax-checkpoint grain numpy matplotlib'
-).split()
+  'perceiver-ar',
+  'jax',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+)
 
 
 def write(workdir: Path, commands: Sequence[str]) -> Path:
@@ -54,26 +54,18 @@ def write(workdir: Path, commands: Sequence[str]) -> Path:
       is not installed.
   """
   run = _read(workdir)
-  body = '\n'.join(
-    [
-      _headline(run),
-      _comparison(run),
-      _training(run),
-      _samples(run),
-      _settings(run),
-      _origin(commands),
-    ]
-  )
-  title = f'Perceiver AR: {workdir.resolve().name}'
-  page = (
-    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'<title>{_escape(title)}</title>\n<style>{CSS}</style>\n</head>\n'
-    f'<body>\n<h1>{_escape(title)}</h1>\n{body}\n</body>\n</html>\n'
+  content = page.document(
+    f'Perceiver AR: {workdir.resolve().name}',
+    _headline(run),
+    _comparison(run),
+    _training(run),
+    _samples(run),
+    _settings(run),
+    _origin(commands),
   )
   path = workdir / 'report.html'
   temporary = workdir / 'report.html.tmp'
-  temporary.write_text(page, encoding='utf-8')
+  temporary.write_text(content, encoding='utf-8')
   temporary.replace(path)
   return path
 
@@ -129,7 +121,8 @@ def _read_json(path: Path, command: str) -> dict[str, Any] | None:
 
 def _no_evaluation(workdir: Path) -> str:
   return (
-    f'nothing is evaluated yet; run perceiver-ar evaluate --workdir={workdir}'
+    'nothing is evaluated yet; run perceiver-ar evaluate '
+    f'--workdir={shlex.quote(str(workdir))}'
   )
 
 
@@ -150,27 +143,23 @@ def _headline(run: _Run) -> str:
     seconds = sum(row['seconds'] for row in run.steps)
     tiles.append((f'{run.steps[-1]["step"] + 1:,}', 'training steps'))
     tiles.append((_duration(seconds), 'of training'))
-  cells = [
-    f'<div><b>{value}</b><span>{name}</span></div>' for value, name in tiles
-  ]
-  return f'<div class="tiles">{"".join(cells)}</div>\n{_evaluated(run)}'
+  return f'{page.tiles(tiles)}\n{_evaluated(run)}'
 
 
 def _evaluated(run: _Run) -> str:
   report = run.evaluation
   if report is None:
-    return _paragraph(_no_evaluation(run.workdir), 'missing')
+    return page.missing(_no_evaluation(run.workdir))
   counts = [f'{report["num_documents"]:,} documents']
   for unit in ('bytes', 'words', 'tokens'):
     if number := report[f'num_{unit}']:
       counts.append(f'{number:,} {unit}')
-  return _paragraph(
+  return page.note(
     f'Held out: every token of the split {report["split"]} scored once '
     f'({", ".join(counts)}) at step {report["step"]:,}, by blocks of '
     f'{report["stride"]:,} with {report["context_length"]:,} inputs and '
     f'{report["num_latents"]:,} latents, in {_duration(report["seconds"])}. '
-    'After ± stands one standard error, over documents.',
-    'note',
+    'After ± stands one standard error, over documents.'
   )
 
 
@@ -188,24 +177,23 @@ def _comparison(run: _Run) -> str:
   try:
     values = _compare(run, report)
   except UserError as error:
-    return _section(
+    return page.section(
       'Against compressors',
-      _paragraph(f'The comparison is left out: {error}.', 'missing'),
+      page.missing(f'The comparison is left out: {error}.'),
     )
   rows = [
-    (_escape(name), f'{bits:.3f}', f'{bits / 8 * report["num_bytes"]:,.0f}')
+    (name, f'{bits:.3f}', f'{bits / 8 * report["num_bytes"]:,.0f}')
     for name, bits in values.items()
   ]
-  return _section(
+  return page.section(
     'Against compressors',
-    f'<figure>{charts.bars(values, "bits per byte")}</figure>',
-    _table(rows, ('', 'bits per byte', 'bytes in all')),
-    _paragraph(
+    page.figure(charts.bars(values, 'bits per byte')),
+    page.numbers(('bits per byte', 'bytes in all'), rows),
+    page.note(
       'All on the same held-out bytes, in a row; fewer is better. Order 0 is '
       'the entropy of their own histogram: no code that looks at one byte at a '
       'time does better. The model has read the training split before, the '
-      'compressors start from nothing.',
-      'note',
+      'compressors start from nothing.'
     ),
   )
 
@@ -216,24 +204,7 @@ def _compare(run: _Run, report: Mapping[str, Any]) -> dict[str, float]:
       'the evaluated tokens stand for no bytes; prepare text to compare'
     )
   data = _evaluated_bytes(run, report)
-  return {_MODEL: report['bits_per_byte']} | baselines(data)
-
-
-def baselines(data: bytes) -> dict[str, float]:
-  """Bits per byte of simple codes for `data`."""
-  shares = np.bincount(np.frombuffer(data, np.uint8)) / len(data)
-  shares = shares[shares > 0]
-  values = {'order 0': float(-(shares * np.log2(shares)).sum())}
-  compressors = {
-    'gzip -9': functools.partial(gzip.compress, compresslevel=9, mtime=0),
-    'bz2 -9': functools.partial(bz2.compress, compresslevel=9),
-    'xz -9': functools.partial(lzma.compress, preset=9),
-  }
-  with Progress('compare', len(compressors), 'compressors') as progress:
-    for name, compress in compressors.items():
-      values[name] = 8 * len(compress(data)) / len(data)
-      progress.advance(1)
-  return values
+  return {_MODEL: report['bits_per_byte']} | compressors.bits_per_byte(data)
 
 
 def _evaluated_bytes(run: _Run, report: Mapping[str, Any]) -> bytes:
@@ -255,8 +226,8 @@ def _evaluated_bytes(run: _Run, report: Mapping[str, Any]) -> bytes:
 
 def _training(run: _Run) -> str:
   if not run.steps:
-    return _section(
-      'Training', _paragraph('No training step is logged yet.', 'missing')
+    return page.section(
+      'Training', page.missing('No training step is logged yet.')
     )
   unit, scale = 'nats per token', 1.0
   if run.is_bytes:
@@ -275,16 +246,14 @@ def _training(run: _Run) -> str:
     )
   ]
   num_targets = sum(row['num_targets'] for row in run.steps)
-  return _section(
+  return page.section(
     'Training',
-    f'<figure>{charts.loss_curve(raw, smooth, evaluations, unit)}</figure>',
-    f'<div class="small">{"".join(f"<figure>{c}</figure>" for c in small)}'
-    '</div>',
-    _paragraph(
+    page.figure(charts.loss_curve(raw, smooth, evaluations, unit)),
+    f'<div class="small">{"".join(map(page.figure, small))}</div>',
+    page.note(
       f'{num_targets:,} targets in {len(run.steps):,} steps. The thick line is '
       f'the mean of {window:,} steps; a steep beginning may run out of the '
-      'frame. The gradient norm is that before clipping.',
-      'note',
+      'frame. The gradient norm is that before clipping.'
     ),
   )
 
@@ -292,17 +261,18 @@ def _training(run: _Run) -> str:
 def _loss_points(
   rows: Sequence[metrics.Row], scale: float
 ) -> tuple[charts.Points, int, charts.Points]:
-  """The loss as it is, the steps in a mean, and the means up to each step."""
+  """The loss as it is, how many steps are in a mean, and those means."""
   steps, thinned = _thin(rows)
   loss = _column(thinned, 'loss') * scale
   weights = _column(thinned, 'num_targets') * np.isfinite(loss)
-  window = max(1, len(loss) // 40)
-  total = np.cumsum(np.nan_to_num(loss, posinf=0, neginf=0) * weights)
-  count = np.cumsum(weights)
-  for sums in (total, count):
-    sums[window:] -= sums[:-window].copy()
-  smooth = total / np.where(count > 0, count, np.nan)
-  num_steps = window * math.ceil(len(rows) / len(thinned))
+  total = np.cumsum(np.append(0, np.nan_to_num(loss) * weights))
+  count = np.cumsum(np.append(0, weights))
+  half = len(loss) // 80
+  at = np.arange(len(loss))
+  first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(loss))
+  counts = count[last] - count[first]
+  smooth = (total[last] - total[first]) / np.where(counts > 0, counts, np.nan)
+  num_steps = (2 * half + 1) * math.ceil(len(rows) / len(thinned))
   return (steps, loss), num_steps, (steps, smooth)
 
 
@@ -328,12 +298,10 @@ def _column(rows: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
 def _samples(run: _Run) -> str:
   about = run.samples
   if about is None:
-    return _section(
+    return page.section(
       'Samples',
-      _paragraph(
-        'There are none yet; run perceiver-ar sample '
-        f'--workdir={run.workdir}',
-        'missing',
+      page.missing(
+        f'There are none yet; run perceiver-ar sample --workdir={run.workdir}'
       ),
     )
   how = [f'temperature {about["temperature"]:g}']
@@ -342,17 +310,16 @@ def _samples(run: _Run) -> str:
   if about['top_k']:
     how.append(f'top k {about["top_k"]}')
   parts = [
-    _paragraph(
+    page.note(
       f'Drawn at step {about["step"]:,} with {", ".join(how)}, seed '
       f'{about["seed"]}, {about["tokens_per_second"]:,.0f} tokens a second, '
-      'not chosen among others.',
-      'note',
+      'not chosen among others.'
     )
   ]
   if about['prompt']:
-    parts.append(f'<h3>Prompt</h3>{_verbatim(about["prompt"])}')
+    parts += [page.heading('prompt', ''), page.verbatim(about['prompt'])]
   parts += [_sample(run.workdir / 'samples', s) for s in about['samples']]
-  return _section('Samples', *parts)
+  return page.section('Samples', *parts)
 
 
 def _sample(folder: Path, about: Mapping[str, Any]) -> str:
@@ -365,10 +332,8 @@ def _sample(folder: Path, about: Mapping[str, Any]) -> str:
       'again'
     ) from error
   end = ', ended by itself' if about['ended'] else ''
-  return (
-    f'<h3>{_escape(about["file"])} <i>{about["num_tokens"]:,} tokens{end}</i>'
-    f'</h3>{_verbatim(text)}'
-  )
+  title = page.heading(about['file'], f'{about["num_tokens"]:,} tokens{end}')
+  return f'{title}\n{page.verbatim(text)}'
 
 
 def _settings(run: _Run) -> str:
@@ -393,11 +358,11 @@ def _settings(run: _Run) -> str:
       f'{run.config.optimizer.learning_rate:g}',
     ),
   ]
-  return _section(
+  return page.section(
     'Model and settings',
-    _table([(name, _escape(value)) for name, value in rows], ()),
+    page.facts(rows),
     '<details><summary>Every key of the config</summary>'
-    f'{_verbatim(run.config.to_json())}</details>',
+    f'{page.verbatim(run.config.to_json())}</details>',
   )
 
 
@@ -424,46 +389,11 @@ def _origin(commands: Sequence[str]) -> str:
     ('on', f'{platform.platform()}, {os.cpu_count()} cores'),
     ('with', ', '.join(f'{name} {number}' for name, number in versions)),
   ]
-  return _section(
+  return page.section(
     'How it was made',
-    _verbatim('\n'.join(commands)),
-    _table([(name, _escape(value)) for name, value in rows], ()),
+    page.verbatim('\n'.join(commands)),
+    page.facts(rows),
   )
-
-
-def _section(title: str, *parts: str) -> str:
-  return f'<section>\n<h2>{_escape(title)}</h2>\n' + '\n'.join(
-    [*parts, '</section>']
-  )
-
-
-def _paragraph(text: str, kind: str) -> str:
-  return f'<p class="{kind}">{_escape(text)}</p>'
-
-
-def _verbatim(text: str) -> str:
-  # A byte model may draw control characters, which HTML does not allow.
-  text = re.sub(r'[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f]', '\ufffd', text)
-  return f'<pre>{_escape(text)}</pre>'
-
-
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
-  """Cells are HTML already; the first of a row is its name."""
-
-  def lines() -> Iterator[str]:
-    yield '<table>'
-    if head:
-      yield f'<tr>{"".join(f"<th>{_escape(name)}</th>" for name in head)}</tr>'
-    for name, *cells in rows:
-      values = ''.join(f'<td>{cell}</td>' for cell in cells)
-      yield f'<tr><th scope="row">{name}</th>{values}</tr>'
-    yield '</table>'
-
-  return '\n'.join(lines())
-
-
-def _escape(text: str) -> str:
-  return html.escape(text)
 
 
 def _duration(seconds: float) -> str:

@@ -59,7 +59,8 @@ def choose_tokens(
     lowest_B1 = ascending_BV[:, kth : kth + 1]
   if how.top_p < 1:
     mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
-    first_B = jnp.argmax(mass_BV >= 1 - how.top_p, axis=-1)
+    # Rounding may leave the whole mass below 1 - top_p.
+    first_B = (mass_BV[:, :-1] < 1 - how.top_p).sum(axis=-1)
     nucleus_B1 = jnp.take_along_axis(ascending_BV, first_B[:, None], axis=-1)
     lowest_B1 = jnp.maximum(lowest_B1, nucleus_B1)
   kept_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
@@ -334,6 +335,8 @@ def write_samples(
     What `samples.json` says of them; file names are relative to the folder.
   """
   folder.mkdir(parents=True, exist_ok=True)
+  for old in folder.glob('sample-*.txt'):
+    old.unlink()
   prompt_T = np.concatenate([[text.SOS], codec.encode(prompt)])
   files = [f'sample-{i}.txt' for i in range(how.num_samples)]
   streams = [text.TextStream(folder / file, codec) for file in files]

@@ -204,7 +204,7 @@ class _Loop:
     }
     self._clock = now
     self._writer.write(step, row)
-    self._rows = [*self._rows[1 - self._config.train.log_every :], row]
+    self._rows = [*self._rows, row][-self._config.train.log_every :]
     self._show(step)
     self._check_finite(step, int(values['num_skipped_in_a_row']))
 
@@ -224,9 +224,9 @@ class _Loop:
       where = f'the last good checkpoint is step {good}'
     raise UserError(
       f'the loss or its gradient was not finite in {in_a_row} steps in a row, '
-      f'the last of them step {step}; {where}; lower '
-      'optimizer.learning_rate, or look at the batches whose digests '
-      'metrics.jsonl has for these steps'
+      f'the last of them step {step}; {where}; train with a lower '
+      'optimizer.learning_rate in another --workdir, or look at the batches '
+      'whose digests metrics.jsonl has for these steps'
     )
 
   def _end(self, step: int) -> int:

@@ -215,7 +215,9 @@ def write(
       )
     )
     for row, tokens_T in enumerate(documents):
-      content = codec.decode(tokens_T)
+      # Ids stand for no text: without bytes and words, no unit has them.
+      is_text = isinstance(codec, text.ByteCodec)
+      content = codec.decode(tokens_T) if is_text else ''
       target.add(
         'validation',
         tokens_T,

@@ -47,11 +47,7 @@ def _mask(N, M, names):
   return Mask(offset=offset, **fields)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('implementation', 'block'),
-  compiler_options=OPTS,
-)
+@functools.partial(jax.jit, static_argnames=('implementation', 'block'))
 def _run(q, k, v, dout, mask, implementation, block):
   """Values, and the gradients of <dout, values>."""
 
@@ -62,9 +58,6 @@ def _run(q, k, v, dout, mask, implementation, block):
 
   out, vjp = jax.vjp(attend, q, k, v)
   return out, *vjp(dout)
-
-
-_FAST_COMPILE = {'xla_backend_optimization_level': 0}
 
 
 def _compare(N, M, block, names, dtype, **tolerance):

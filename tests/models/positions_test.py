@@ -1,0 +1,115 @@
+"""Sines and cosines are exact at any position, and rotations are rotations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perceiver_ar.models import positions
+
+_FREQUENCIES = positions.rotary_frequencies(5, 8192)
+
+
+def _spread_positions():
+  near = [0, 1, 2, 255, 256, 257, 65535, 65536, 65537, 131072]
+  far = [positions.MAX_POSITION - 1, positions.MAX_POSITION]
+  drawn = np.random.default_rng(0).integers(0, 2**24, 500)
+  return np.concatenate([near, far, drawn]).astype(np.int32)
+
+
+def test_unit_circle_equals_float64_at_every_magnitude():
+  at = _spread_positions()
+  sin, cos = positions.unit_circle(jnp.asarray(at), _FREQUENCIES)
+  angles = at[:, None].astype(np.float64) * _FREQUENCIES
+  assert sin.dtype == cos.dtype == jnp.float32
+  np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=1e-6)
+  np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('at', [2**24, 2**24 + 3, 2**31 - 1, -1, -(2**24)])
+def test_a_position_out_of_range_gives_nan(at):
+  for x in positions.unit_circle(jnp.array([3, at]), _FREQUENCIES):
+    assert np.isfinite(x[0]).all() and np.isnan(x[1]).all()
+
+
+@pytest.mark.parametrize('width', [4, 10, 16])
+def test_sinusoidal_equals_the_published_table(width):
+  at, half = np.arange(600), width // 2
+  table = np.zeros((600, width))
+  for j in range(half):
+    frequency = np.exp(-j * np.log(10000.0) / (half - 1))
+    table[:, j] = np.sin(at * frequency)
+    table[:, half + j] = np.cos(at * frequency)
+  got = positions.sinusoidal(jnp.asarray(at), width)
+  np.testing.assert_allclose(got, table, rtol=0, atol=1e-6)
+
+
+def test_rotary_frequencies_include_both_ends_and_fall_geometrically():
+  frequencies = positions.rotary_frequencies(7, 8192)
+  assert frequencies[0] == 1 and len(frequencies) == 7
+  np.testing.assert_allclose(frequencies[-1], 1 / 8192, rtol=1e-12)
+  ratios = frequencies[1:] / frequencies[:-1]
+  np.testing.assert_allclose(ratios, ratios[0])
+  assert positions.rotary_frequencies(1, 8192) == [1]
+
+
+def _rotated(x_BTHK, at, num_heads):
+  circle = positions.unit_circle(jnp.asarray(at), _FREQUENCIES)
+  return positions.rotate(x_BTHK, circle, num_heads)
+
+
+def _vectors(seed):
+  x = np.random.default_rng(seed).normal(size=(2, 6, 3, 12))
+  return jnp.asarray(x, jnp.float32)
+
+
+def test_rotation_is_by_the_angle_of_position_times_frequency():
+  x, at = np.asarray(_vectors(0)), np.arange(12).reshape(2, 6) * 37
+  got = np.asarray(_rotated(jnp.asarray(x), at, 3))
+  R = len(_FREQUENCIES)
+  turned = x[..., :R] + 1j * x[..., R : 2 * R]
+  turned = turned * np.exp(1j * at[..., None, None] * _FREQUENCIES)
+  want = np.concatenate([turned.real, turned.imag, x[..., 2 * R :]], -1)
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_rotation_keeps_norms_and_the_other_heads_and_channels():
+  x = _vectors(0)
+  got = _rotated(x, np.arange(12).reshape(2, 6) * 1000, 2)
+  norm = lambda x: np.linalg.norm(np.asarray(x), axis=-1)
+  np.testing.assert_allclose(norm(got), norm(x), rtol=1e-6)
+  np.testing.assert_array_equal(got[:, :, 2], x[:, :, 2])
+  np.testing.assert_array_equal(got[..., 10:], x[..., 10:])
+  assert (np.abs(got - x)[:, 1:, :2, :10] > 0).mean() > 0.99
+
+
+@pytest.mark.parametrize('shift', [1, 1000, 2**23])
+def test_scores_of_rotated_vectors_depend_on_differences_only(shift):
+  q, k = _vectors(0), _vectors(1)
+  at = np.random.default_rng(2).integers(0, 5000, (2, 6))
+
+  def scores(at):
+    q_at, k_at = _rotated(q, at, 3), _rotated(k, at, 3)
+    return jnp.einsum('bnhk,bmhk->bhnm', q_at, k_at)
+
+  np.testing.assert_allclose(scores(at), scores(at + shift), atol=2e-5)
+
+
+def test_nothing_is_rotated_without_frequencies_or_heads():
+  x, at = _vectors(0), jnp.arange(6)[None]
+  none = positions.unit_circle(at, positions.rotary_frequencies(0, 8192))
+  assert positions.rotate(x, none, 3) is x
+  some = positions.unit_circle(at, _FREQUENCIES)
+  assert positions.rotate(x, some, 0) is x
+
+
+def test_the_type_of_the_vectors_is_kept():
+  x = _vectors(0).astype(jnp.bfloat16)
+  assert _rotated(x, np.arange(6)[None], 3).dtype == jnp.bfloat16
+
+
+def test_no_table_grows_with_the_positions():
+  at = jax.ShapeDtypeStruct((2**16,), jnp.int32)
+  jaxpr = jax.make_jaxpr(lambda p: positions.unit_circle(p, _FREQUENCIES))(at)
+  sizes = [np.size(c) for c in jaxpr.consts]
+  assert max(sizes, default=0) <= 256 * len(_FREQUENCIES)

@@ -1,0 +1,288 @@
+"""The report is one file that tells the truth about what the run holds."""
+
+import html.parser
+import json
+import lzma
+import math
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny import make_config, make_params
+
+from perceiver_ar import charts, compressors, metrics, report, workdir
+from perceiver_ar.data import layouts, pipeline, text, writer
+from perceiver_ar.errors import UserError
+
+TEXTS = [
+  f'Book {i}: ' + 'the sea, the whale & the <sea>. ' * (i + 3) for i in range(5)
+]
+COMMANDS = ['perceiver-ar train --workdir="a & b"', 'perceiver-ar sample']
+
+
+def prepare(path, texts):
+  codec = text.ByteCodec()
+  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
+    target.set_vocabulary(text.save_codec(codec, path))
+    for split in ('train', 'validation'):
+      for i, content in enumerate(texts):
+        target.add(
+          split,
+          np.concatenate([[text.SOS], codec.encode(content), [text.EOS]]),
+          name=f'{i}.txt',
+          num_bytes=len(content.encode()),
+          num_words=len(content.split()),
+        )
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A workdir that has only begun."""
+  prepare(tmp_path / 'data', TEXTS)
+  config = make_config(
+    {'model.vocab_size': 259, 'data.path': str(tmp_path / 'data')}
+  )
+  documents = pipeline.open_documents(config.data, 'train', seed=1)
+  workdir.begin(tmp_path / 'run', config, documents)
+  return tmp_path / 'run'
+
+
+def train(run, num_steps, loss=None):
+  with metrics.Writer(run, first_step=0, process_index=0) as out:
+    for step in range(num_steps):
+      row = {'num_targets': 8, 'grad_norm': 2.0, 'learning_rate': 1e-3}
+      row |= {'loss': loss or 5 / (step + 1), 'seconds': 0.5}
+      out.write(step, row)
+    out.write(num_steps, {'split': 'validation', 'nats_per_token': 1.25})
+
+
+def evaluate(run, chosen, **changes):
+  about = {
+    'step': 7,
+    'split': 'validation',
+    'num_documents': len(chosen),
+    'num_tokens': sum(len(TEXTS[i]) + 1 for i in chosen),
+    'num_bytes': sum(len(TEXTS[i].encode()) for i in chosen),
+    'num_words': 50,
+    'nats_per_token': 1.375,
+    'accuracy': 0.5,
+    'bits_per_byte': 1.984,
+    'bits_per_byte_standard_error': 0.125,
+    'word_perplexity': 321.0,
+    'word_perplexity_standard_error': 12.0,
+    'stride': 4,
+    'num_latents': 8,
+    'context_length': 24,
+    'seconds': 3.0,
+  } | changes
+  about = {key: value for key, value in about.items() if value != 'absent'}
+  (run / 'evaluation.json').write_text(json.dumps(about))
+
+
+def sample(run, texts, prompt=''):
+  folder = run / 'samples'
+  folder.mkdir()
+  files = [f'sample-{i}.txt' for i in range(len(texts))]
+  for file, content in zip(files, texts, strict=True):
+    (folder / file).write_text(content, encoding='utf-8')
+  samples = [{'file': f, 'num_tokens': 9, 'ended': True} for f in files]
+  about = {'step': 7, 'seed': 3, 'temperature': 0.5, 'top_p': 1.0, 'top_k': 0}
+  about |= {'prompt': prompt, 'tokens_per_second': 10.0, 'samples': samples}
+  (folder / 'samples.json').write_text(json.dumps(about))
+
+
+class Page(html.parser.HTMLParser):
+  """The tags, the attributes and the verbatim texts of a page."""
+
+  def __init__(self, content):
+    super().__init__()
+    self.tags, self.attributes, self.verbatim = [], [], []
+    self._in_pre = False
+    self.feed(content)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag == 'pre':
+      self._in_pre = True
+      self.verbatim.append('')
+
+  def handle_endtag(self, tag):
+    self._in_pre = self._in_pre and tag != 'pre'
+
+  def handle_data(self, data):
+    if self._in_pre:
+      self.verbatim[-1] += data
+
+
+def write(run):
+  return report.write(run, COMMANDS).read_text(encoding='utf-8')
+
+
+def write_all(run):
+  train(run, 60)
+  evaluate(run, range(5))
+  sample(run, ['To be <b>', 'or </pre><script>x</script> not\x01'])
+  return write(run)
+
+
+def test_the_page_needs_nothing_from_elsewhere(run):
+  content = write_all(run)
+  assert 'http' not in content and '@import' not in content
+  assert not re.search(r'url\((?!#)', content)
+  page = Page(content)
+  assert not {'script', 'link', 'img', 'iframe', 'object'} & set(page.tags)
+  names = {name for name, _ in page.attributes}
+  assert not {name for name in names if name.startswith('on')} | {'src'} & names
+  assert [path.name for path in run.iterdir() if 'report' in path.name] == [
+    'report.html'
+  ]
+
+
+def test_everything_is_escaped(run):
+  page = Page(write_all(run))
+  assert page.verbatim[0] == '\nTo be <b>'
+  assert page.verbatim[1] == '\nor </pre><script>x</script> not\ufffd'
+  assert page.verbatim[-1] == '\n' + '\n'.join(COMMANDS)
+
+
+def test_charts_on_one_page_do_not_share_ids(run):
+  page = Page(write_all(run))
+  ids = [value for name, value in page.attributes if name == 'id']
+  assert page.tags.count('svg') == 4
+  assert len(ids) == len(set(ids))
+  refs = {value for name, value in page.attributes if name == 'href'}
+  refs |= {
+    value[4:-1]
+    for name, value in page.attributes
+    if name == 'clip-path' and value
+  }
+  assert refs and refs <= {f'#{name}' for name in ids}
+
+
+def test_the_same_run_gives_the_same_charts():
+  points = np.arange(9), np.linspace(3, 1, 9)
+  draw = lambda: charts.loss_curve(points, points, points, 'nats')
+  assert draw() == draw()
+  assert not re.search('#[0-9a-f]{6}', draw())
+
+
+def test_compressors_get_the_very_bytes_that_were_evaluated(run):
+  for chosen in (range(5), [0, 2], [0]):
+    evaluate(run, chosen)
+    data = ''.join(TEXTS[i] for i in chosen).encode()
+    bits = report.compare(run)
+    assert list(bits.values())[0] == 1.984
+    assert bits['xz -9'] == 8 * len(lzma.compress(data, preset=9)) / len(data)
+    assert f'{bits["gzip -9"]:.3f}' in write(run)
+
+
+def test_other_bytes_are_not_compared(run):
+  evaluate(run, range(5))
+  prepare(run.parent / 'data', TEXTS[1:])
+  with pytest.raises(UserError, match='evaluate again'):
+    report.compare(run)
+  assert 'comparison is left out' in (content := write(run))
+  assert '1.984' in content and 'xz' not in content
+
+
+def test_data_that_has_gone_leaves_the_rest(run):
+  evaluate(run, range(5))
+  (run.parent / 'data').rename(run.parent / 'elsewhere')
+  assert 'comparison is left out' in write(run)
+
+
+def test_what_is_not_there_yet_is_named(run):
+  content = write(run)
+  for missing in (
+    'perceiver-ar evaluate',
+    'perceiver-ar sample',
+    'No training',
+  ):
+    assert missing in content
+  with pytest.raises(UserError, match='perceiver-ar evaluate'):
+    report.compare(run)
+  assert 'class="missing"' not in write_all(run)
+
+
+def test_standard_errors_stand_where_there_are_some(run):
+  evaluate(run, range(5))
+  assert '± 0.125' in write(run)
+  none = {'word_perplexity_standard_error': None}
+  evaluate(run, [0], bits_per_byte_standard_error=None, **none)
+  assert '1.984' in (content := write(run))
+  assert not re.search('± [0-9]', content)
+
+
+def test_tokens_that_are_no_text_have_no_bits_per_byte(run):
+  gone = {'num_bytes': 0, 'num_words': 0, 'word_perplexity': 'absent'}
+  evaluate(run, range(5), bits_per_byte='absent', **gone)
+  content = write(run)
+  assert 'nats per token' in content and '1.375' in content
+  assert 'comparison is left out' in content
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_curve(run):
+  train(run, 60, loss=math.nan)
+  assert 'nan' not in re.sub('<style>.*?</style>', '', write(run)).lower()
+
+
+def test_long_runs_have_no_longer_pages(run):
+  train(run, 1_000)
+  size = len(write(run))
+  train(run, 6_000)
+  assert len(write(run)) < 1.2 * size
+
+
+@pytest.mark.parametrize('num_steps', [1, 7, 1_001, 2_500])
+def test_thinning_keeps_every_step(num_steps):
+  rows = [
+    {'step': i, 'loss': float(i % 7), 'num_targets': 1 + i % 3}
+    | {'grad_norm': 1.0, 'learning_rate': 1.0, 'seconds': 1.0}
+    for i in range(num_steps)
+  ]
+  steps, thinned = report._thin(rows)
+  assert len(thinned) == len(steps) <= 1_000 and steps[-1] == num_steps - 1
+  for kind in ('num_targets', 'loss'):
+    weigh = lambda row: row['loss'] if kind == 'loss' else 1
+    total = lambda some: sum(weigh(r) * r['num_targets'] for r in some)
+    assert total(thinned) == pytest.approx(total(rows))
+
+
+def test_parameters_are_those_of_the_model():
+  model = make_config({}).model
+  leaves = jax.tree.leaves(make_params(model))
+  assert report.num_parameters(model) == sum(leaf.size for leaf in leaves)
+
+
+def test_a_broken_file_is_named(run):
+  (run / 'evaluation.json').write_text('{"step": ')
+  with pytest.raises(UserError, match='evaluation.json is not JSON'):
+    write(run)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  with pytest.raises(UserError, match='folder of a run'):
+    report.write(tmp_path, [])
+
+
+def test_a_missing_sample_is_named(run):
+  sample(run, ['a', 'b'])
+  (run / 'samples' / 'sample-1.txt').unlink()
+  with pytest.raises(UserError, match='sample-1.txt is missing'):
+    write(run)
+
+
+def test_without_matplotlib_the_extra_is_named(run, monkeypatch):
+  train(run, 3)
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  with pytest.raises(UserError, match='demo'):
+    write(run)
+
+
+def test_order_0_is_the_entropy_of_the_histogram():
+  assert compressors.bits_per_byte(bytes(range(256)))['order 0'] == 8
+  assert compressors.bits_per_byte(b'aaaa')['order 0'] == 0
+  assert compressors.bits_per_byte(b'abab')['order 0'] == 1
