@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 from perceiver_ar import losses, partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.data import layouts
+from perceiver_ar.data.copy import CopyDocuments
 from perceiver_ar.data.pipeline import DocumentSource
+from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.progress import Progress
 from perceiver_ar.train_step import Batch, Params, shift
@@ -75,6 +77,8 @@ class Evaluator:
     self._mesh = mesh
     how = config.evaluate
     partitioning.check_batch('evaluate.batch_size', how.batch_size, mesh)
+    if isinstance(documents, CopyDocuments) and how.split == 'train':
+      _check_endless(how.max_examples)
     lengths = documents.num_tokens
     self._chosen = chosen_documents(len(documents), how.max_examples)
     self._blocks = [
@@ -150,6 +154,14 @@ class Evaluator:
       'num_scored': num_scored_B,
     }
     return partitioning.global_batch(batch, self._mesh)
+
+
+def _check_endless(max_examples: int) -> None:
+  if not max_examples:
+    raise UserError(
+      'the train split of the copy task never ends; set '
+      'evaluate.max_examples (--max_examples), or evaluate another split'
+    )
 
 
 def _score(

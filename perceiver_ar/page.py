@@ -150,3 +150,12 @@ def _table(kind: str, lines: Sequence[str]) -> str:
 
 def escape(text: str) -> str:
   return html.escape(text)
+
+
+def duration(seconds: float) -> str:
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  minutes = round(seconds / 60)
+  if minutes < 100:
+    return f'{minutes} min'
+  return f'{minutes // 60} h {minutes % 60} min'

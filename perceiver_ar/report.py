@@ -86,6 +86,7 @@ def compare(workdir: Path) -> dict[str, float]:
 class _Run:
   workdir: Path
   config: Config
+  num_parameters: int
   is_bytes: bool  # a token is a byte
   steps: list[metrics.Row]
   evaluations: list[metrics.Row]  # during training
@@ -97,9 +98,11 @@ def _read(workdir: Path) -> _Run:
   steps, evaluations = [], []
   if (workdir / 'metrics.jsonl').exists():
     steps, evaluations = metrics.read(workdir)
+  config = config_lib.resolve(workdir_lib.read_config(workdir))
   return _Run(
     workdir=workdir,
-    config=config_lib.resolve(workdir_lib.read_config(workdir)),
+    config=config,
+    num_parameters=num_parameters(config.model),
     is_bytes=workdir_lib.read_trained(workdir).codec.kind == 'bytes',
     steps=steps,
     evaluations=evaluations,
@@ -138,11 +141,11 @@ def _headline(run: _Run) -> str:
       value = _with_error(report, 'word_perplexity', 1)
       tiles.append((value, 'perplexity per word'))
     tiles.append((f'{report["accuracy"]:.1%}', 'next tokens right'))
-  tiles.append((f'{num_parameters(run.config.model):,}', 'parameters'))
+  tiles.append((f'{run.num_parameters:,}', 'parameters'))
   if run.steps:
     seconds = sum(row['seconds'] for row in run.steps)
     tiles.append((f'{run.steps[-1]["step"] + 1:,}', 'training steps'))
-    tiles.append((_duration(seconds), 'of training'))
+    tiles.append((page.duration(seconds), 'of training'))
   return f'{page.tiles(tiles)}\n{_evaluated(run)}'
 
 
@@ -158,7 +161,7 @@ def _evaluated(run: _Run) -> str:
     f'Held out: every token of the split {report["split"]} scored once '
     f'({", ".join(counts)}) at step {report["step"]:,}, by blocks of '
     f'{report["stride"]:,} with {report["context_length"]:,} inputs and '
-    f'{report["num_latents"]:,} latents, in {_duration(report["seconds"])}. '
+    f'{report["num_latents"]:,} latents, in {page.duration(report["seconds"])}. '
     'After ± stands one standard error, over documents.'
   )
 
@@ -339,7 +342,7 @@ def _sample(folder: Path, about: Mapping[str, Any]) -> str:
 def _settings(run: _Run) -> str:
   model, train = run.config.model, run.config.train
   rows = [
-    ('parameters', f'{num_parameters(model):,}'),
+    ('parameters', f'{run.num_parameters:,}'),
     ('context length M', f'{model.context_length:,}'),
     ('latents N', f'{model.num_latents:,}'),
     ('self-attention layers L', f'{model.num_layers}'),
@@ -394,12 +397,3 @@ def _origin(commands: Sequence[str]) -> str:
     page.verbatim('\n'.join(commands)),
     page.facts(rows),
   )
-
-
-def _duration(seconds: float) -> str:
-  if seconds < 100:
-    return f'{seconds:.0f} s'
-  minutes = round(seconds / 60)
-  if minutes < 100:
-    return f'{minutes} min'
-  return f'{minutes // 60} h {minutes % 60} min'

@@ -81,9 +81,21 @@ def make_config(
   elif model['position_encoding'] == 'sinusoidal':
     model['position_sizes'] = (0,) * len(model['position_sizes'])
   _check_model(model, published.path)
-  unused = sorted(set(published.config) - set(_KEYS))
-  notes = [f'config keys that are not used: {", ".join(unused)}']
-  return _resolve(model), notes if unused else []
+  notes = []
+  if unused := sorted(set(published.config) - set(_KEYS)):
+    notes.append(f'config keys that are not used: {", ".join(unused)}')
+  if has_fixed_tables(published, model['position_encoding']):
+    notes.append(
+      'its position tables were fixed; training from here would change them'
+    )
+  return _resolve(model), notes
+
+
+def has_fixed_tables(published: Published, position_encoding: str) -> bool:
+  """Whether tables that we hold as parameters were constants there."""
+  return position_encoding == 'learned' and not published.config.get(
+    'learn', True
+  )
 
 
 def _checked(published: Published) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def _told(raw: Mapping[str, Any], published: Published) -> dict[str, Any]:
   if 'pos' in raw:
     told['position_encoding'] = _encoding(raw, published.path)
   if 'data_pos' in raw:
-    told['position_source'] = _source(raw, published.path)
+    told['position_source'] = _source(raw)
   return told
 
 
@@ -137,28 +149,16 @@ def _encoding(raw: Mapping[str, Any], path: Path) -> str:
         f'{path}: config key {key} is missing; absolute positions need pe '
         '(the table) and learn (whether it is trained)'
       )
-  if raw['learn']:
-    return 'learned'  # pe is only how the table began
-  if raw['pe'] != 'sinusoidal':
-    raise UserError(
-      f'{path}: positions with pe {raw["pe"]!r} and learn false are fixed '
-      'tables that this model does not have; only sinusoidal ones, or learned '
-      'ones, can be imported'
-    )
-  return 'sinusoidal'
+  # Of a learned table pe is only how it began.
+  is_computed = raw['pe'] == 'sinusoidal' and not raw['learn']
+  return 'sinusoidal' if is_computed else 'learned'
 
 
-def _source(raw: Mapping[str, Any], path: Path) -> str:
-  negated = raw.get('neg', False) and raw.get('pos', 'rotary') == 'rotary'
-  if not raw['data_pos']:
-    return 'from_end_negated' if negated else 'from_end'
-  if negated:
-    raise UserError(
-      f'{path}: config keys neg and data_pos are both true, and only rotary '
-      'positions that are counted from the end can be negated; set one of '
-      'them to false'
-    )
-  return 'data'
+def _source(raw: Mapping[str, Any]) -> str:
+  if raw['data_pos']:
+    return 'data'  # whatever neg says, as published
+  is_rotary = raw.get('pos', 'rotary') == 'rotary'
+  return 'from_end_negated' if is_rotary and raw.get('neg') else 'from_end'
 
 
 def _check_model(model: Mapping[str, Any], path: Path) -> None:

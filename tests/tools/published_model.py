@@ -71,7 +71,7 @@ def random_weights(c, rng, cross_hidden=40, hidden=24):
   if c['pos'] == 'absolute':
     for axis, size in enumerate(c['idx']):
       table = rng.normal(size=(size, E))
-      if not c['learn']:
+      if c['pe'] == 'sinusoidal' and not c['learn']:
         table = sinusoids(size, E)
       weights[f'{_ROOT}/embed_{axis + 1}/embeddings'] = table
   linear(f'{_ROOT}/linear', E, D)
