@@ -138,20 +138,18 @@ def _svg(
     figure = Figure(size, layout='constrained')
     draw(figure.add_subplot())
     figure.savefig(out, format='svg', transparent=True)
-  return _inline(out.getvalue(), name, description)
+  return _inline(out.getvalue(), description)
 
 
-def _inline(svg: str, name: str, description: str) -> str:
+def _inline(svg: str, description: str) -> str:
   """An SVG file as a part of a page, under the page's own rules."""
   svg = svg[svg.index('<svg') :]
   for tag in ('metadata', 'style'):
     svg = re.sub(f'<{tag}.*?</{tag}>', '', svg, flags=re.DOTALL)
-  # Several charts share a page, and so do their ids.
+  # Several charts share a page: only ids that are used, and salted, remain.
   used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
   keep = lambda match: match[0] if match[1] in used else ''
   svg = re.sub(r' id="([^"]+)"', keep, svg)
-  for old in used:
-    svg = re.sub(rf'(#|id="){re.escape(old)}\b', rf'\g<1>{name}-{old}', svg)
   svg = svg.replace('xlink:href', 'href')
   for color, variable in _VARIABLES.items():
     svg = svg.replace(color, f'var(--{variable})')

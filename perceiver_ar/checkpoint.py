@@ -11,11 +11,10 @@ anywhere.
 """
 
 import dataclasses
-import datetime
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
@@ -141,7 +140,7 @@ class Checkpoints:
     """
     self.wait()
     return saved_step.restore(
-      _step_folder(self._workdir, step), abstract_state, ''
+      step_folder(self._workdir, step), abstract_state, ''
     )
 
   def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
@@ -196,7 +195,7 @@ def restore_params(
     UserError: there is no checkpoint, or it holds another model.
   """
   if step is not None:
-    folder = _step_folder(workdir, step)
+    folder = step_folder(workdir, step)
     return step, saved_step.restore(folder, abstract_params, 'params/')
   damaged, found = _newest_sound(workdir, abstract_params, 'params/')
   if found is not None:
@@ -217,7 +216,7 @@ def load_config(workdir: Path, step: int) -> Config:
   Raises:
     Damaged: it is not the one that was saved.
   """
-  folder = _step_folder(workdir, step)
+  folder = step_folder(workdir, step)
   return config_lib.resolve(
     saved_step.read_config(folder, saved_step.read_manifest(folder))
   )
@@ -228,53 +227,6 @@ def saved_steps(workdir: Path) -> list[int]:
   folder = epath.Path(workdir) / _CHECKPOINTS
   names = [path.name for path in ocp.path.step.checkpoint_steps_paths(folder)]
   return sorted(int(name) for name in names if name.isdecimal())
-
-
-def list_steps(workdir: Path) -> list[dict[str, Any]]:
-  """For each step: `step`, `loss` or None, `bytes` on disk, `created`."""
-  rows = []
-  for step in saved_steps(workdir):
-    folder = _step_folder(workdir, step)
-    time = datetime.datetime.fromtimestamp(folder.stat().mtime)
-    rows.append(
-      {
-        'step': step,
-        'loss': saved_step.read_loss(folder),
-        'bytes': _size(folder),
-        'created': time.isoformat(sep=' ', timespec='seconds'),
-      }
-    )
-  return rows
-
-
-def _size(path: epath.Path) -> int:
-  if path.is_dir():
-    return sum(_size(child) for child in path.iterdir())
-  return path.stat().length
-
-
-def verify(workdir: Path) -> list[dict[str, Any]]:
-  """For each step: `step`, `ok`, `reason` if not. Changes nothing.
-
-  Reads every array onto one device, so that it needs neither the model nor
-  the mesh.
-  """
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  rows = []
-  for step in saved_steps(workdir):
-    folder = _step_folder(workdir, step)
-    reason = ''
-    try:
-      arrays = saved_step.read_manifest(folder)['arrays']
-      abstract = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (dtype, shape, _) in arrays.items()
-      }
-      saved_step.restore(folder, nest(abstract), '')
-    except Damaged as error:
-      reason = error.reason
-    rows.append({'step': step, 'ok': not reason, 'reason': reason})
-  return rows
 
 
 @dataclasses.dataclass
@@ -310,7 +262,7 @@ def _newest_sound(
   damaged: list[Damaged] = []
   for step in reversed(saved_steps(workdir)):
     try:
-      tree = saved_step.restore(_step_folder(workdir, step), abstract, prefix)
+      tree = saved_step.restore(step_folder(workdir, step), abstract, prefix)
     except Damaged as error:
       damaged.append(error)
     else:
@@ -326,7 +278,7 @@ def _free_place(workdir: epath.Path, step: int) -> epath.Path:
   raise AssertionError
 
 
-def _step_folder(workdir: Path, step: int) -> epath.Path:
+def step_folder(workdir: Path, step: int) -> epath.Path:
   steps = saved_steps(workdir)
   folder = epath.Path(workdir) / _CHECKPOINTS
   if step not in steps:

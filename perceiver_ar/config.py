@@ -233,14 +233,8 @@ def _require(ok: bool, message: str) -> None:
     raise UserError(message)
 
 
-def _one_of(key: str, value: str, *choices: str) -> None:
-  _require(
-    value in choices,
-    f'config key {key} is {value!r}; it must be one of {", ".join(choices)}',
-  )
-
-
 def _check(config: Config) -> None:
+  _check_choices(config)
   _check_ranges(config)
   _check_model(config.model)
   _check_training(config)
@@ -266,6 +260,18 @@ def _check(config: Config) -> None:
   )
 
 
+_CHOICES = {
+  'model.position_encoding': ('rotary', 'sinusoidal', 'learned'),
+  'model.position_source': ('data', 'from_end', 'from_end_negated'),
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.remat': ('none', 'dots', 'full'),
+  'model.attention': ('chunked', 'reference'),
+  'data.kind': ('text', 'copy'),
+  'data.visits': ('once', 'by_length'),
+  'optimizer.name': ('adam', 'adamw', 'adafactor', 'sgd', 'lamb'),
+  'optimizer.schedule': ('constant', 'cosine', 'steps', 'rsqrt'),
+  'optimizer.gradient': ('sum', 'mean'),
+}
 _POSITIVE = {
   'model': (
     'vocab_size context_length num_latents num_layers width embed_width '
@@ -290,6 +296,16 @@ _RATES = {
 }
 
 
+def _check_choices(config: Config) -> None:
+  for key, choices in _CHOICES.items():
+    section, name = key.split('.')
+    value = getattr(getattr(config, section), name)
+    _require(
+      value in choices,
+      f'config key {key} is {value!r}; it must be one of {", ".join(choices)}',
+    )
+
+
 def _check_ranges(config: Config) -> None:
   """Counts are at least one, rates lie in [0, 1], nothing else is negative."""
   for section, values in dataclasses.asdict(config).items():
@@ -307,23 +323,6 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-  _one_of(
-    'model.position_encoding',
-    model.position_encoding,
-    'rotary',
-    'sinusoidal',
-    'learned',
-  )
-  _one_of(
-    'model.position_source',
-    model.position_source,
-    'data',
-    'from_end',
-    'from_end_negated',
-  )
-  _one_of('model.dtype', model.dtype, 'float32', 'bfloat16')
-  _one_of('model.remat', model.remat, 'none', 'dots', 'full')
-  _one_of('model.attention', model.attention, 'chunked', 'reference')
   _require(
     model.num_latents <= model.context_length,
     f'model.num_latents {model.num_latents} exceeds model.context_length '
@@ -399,26 +398,6 @@ def _check_positions(model: ModelConfig) -> None:
 
 def _check_training(config: Config) -> None:
   optimizer, train = config.optimizer, config.train
-  _one_of('data.kind', config.data.kind, 'text', 'copy')
-  _one_of('data.visits', config.data.visits, 'once', 'by_length')
-  _one_of(
-    'optimizer.name',
-    optimizer.name,
-    'adam',
-    'adamw',
-    'adafactor',
-    'sgd',
-    'lamb',
-  )
-  _one_of(
-    'optimizer.schedule',
-    optimizer.schedule,
-    'constant',
-    'cosine',
-    'steps',
-    'rsqrt',
-  )
-  _one_of('optimizer.gradient', optimizer.gradient, 'sum', 'mean')
   _require(
     train.batch_size % train.num_microbatches == 0,
     f'train.batch_size {train.batch_size} is not divisible by '

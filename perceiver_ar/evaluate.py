@@ -211,7 +211,7 @@ def summarise(totals: list[Totals], infos: list[Any]) -> dict[str, Any]:
   }
   mean, error = ratio(nats, tokens)
   report |= {'nats_per_token': mean, 'nats_per_token_standard_error': error}
-  correct = sum(total.correct for total in totals)
+  correct = float(sum(total.correct for total in totals))
   report['accuracy'] = correct / report['num_tokens']
   if num_bytes.sum():
     bits, error = ratio(nats / math.log(2), num_bytes)

@@ -125,11 +125,20 @@ def _parser() -> argparse.ArgumentParser:
   )
   checkpoint.add_argument(
     'action',
-    choices=('list', 'verify'),
-    help='list: steps and sizes; verify: every checksum',
+    choices=('list', 'verify', 'diff', 'export'),
+    help='list: steps and sizes; verify: every checksum; diff: what differs '
+    'between two steps; export: parameters as safetensors',
   )
+  checkpoint.add_argument('--step', type=int, help='diff, export; or newest')
   checkpoint.add_argument(
-    '--output', type=Path, metavar='FILE', help='write the JSON here'
+    '--other', metavar='DIR', help='diff: the other workdir; or the same'
+  )
+  checkpoint.add_argument('--other_step', type=int, help='diff; or newest')
+  checkpoint.add_argument(
+    '--output',
+    type=Path,
+    metavar='FILE',
+    help='export: the safetensors file; else write the JSON here',
   )
   return parser
 
@@ -144,7 +153,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
-  keys = 'split num_latents context_length stride max_examples'.split()
+  keys = ['split', 'num_latents', 'context_length', 'stride', 'max_examples']
   config = _run_config(args, rest, 'evaluate', keys)
   from perceiver_ar import evaluate, workdir
   from perceiver_ar.data import pipeline
@@ -163,10 +172,16 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _sample(args: argparse.Namespace, rest: list[str]) -> int:
-  keys = (
-    'num_samples length temperature top_p top_k seed num_latents '
-    'refill_latents'
-  ).split()
+  keys = [
+    'num_samples',
+    'length',
+    'temperature',
+    'top_p',
+    'top_k',
+    'seed',
+    'num_latents',
+    'refill_latents',
+  ]
   if args.num_latents and args.refill_latents is None:
     args.refill_latents = max(args.num_latents // 2, 1)
   config = _run_config(args, rest, 'sample', keys)
@@ -197,10 +212,28 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
   if rest:
     raise UserError(f'checkpoint does not know {rest[0]}; see --help')
-  from perceiver_ar import checkpoint
+  from perceiver_ar import inspection
+
+  if args.action == 'export':
+    if not args.output:
+      raise UserError('checkpoint export needs --output=FILE.safetensors')
+    done = inspection.export(args.workdir, args.step, args.output)
+    print(f'{done["parameters"]:,} parameters of step {done["step"]}')
+    return 0
+  if args.action == 'diff':
+    other = args.other or args.workdir
+    report = inspection.diff(args.workdir, args.step, other, args.other_step)
+    print(json.dumps(report, indent=2))
+    _write_json(report, args.output)
+    return 0
+  return _list_or_verify(args)
+
+
+def _list_or_verify(args: argparse.Namespace) -> int:
+  from perceiver_ar import inspection
 
   if args.action == 'list':
-    rows = checkpoint.list_steps(args.workdir)
+    rows = inspection.list_steps(args.workdir)
     for row in rows:
       loss = 'not evaluated' if row['loss'] is None else f'{row["loss"]:.4f}'
       print(
@@ -208,7 +241,7 @@ def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
         f'{row["bytes"] / 2**20:,.1f} MiB  loss {loss}'
       )
   else:
-    rows = checkpoint.verify(args.workdir)
+    rows = inspection.verify(args.workdir)
     for row in rows:
       print(f'step {row["step"]:>9,}  {row["reason"] or "sound"}')
   if not rows:
@@ -216,8 +249,7 @@ def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
       f'{args.workdir} holds no checkpoint; --workdir must be the folder of a '
       'run'
     )
-  if args.output:
-    _write_json(rows, args.output)
+  _write_json(rows, args.output)
   return 0 if all(row.get('ok', True) for row in rows) else 1
 
 

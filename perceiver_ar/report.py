@@ -161,8 +161,9 @@ def _evaluated(run: _Run) -> str:
     f'Held out: every token of the split {report["split"]} scored once '
     f'({", ".join(counts)}) at step {report["step"]:,}, by blocks of '
     f'{report["stride"]:,} with {report["context_length"]:,} inputs and '
-    f'{report["num_latents"]:,} latents, in {page.duration(report["seconds"])}. '
-    'After ± stands one standard error, over documents.'
+    f'{report["num_latents"]:,} latents, in '
+    f'{page.duration(report["seconds"])}. After ± stands one standard error, '
+    'over documents.'
   )
 
 

@@ -151,7 +151,7 @@ def train_step(
   if config.optimizer.gradient == 'mean':
     count = jnp.maximum(sums['num_targets'], 1)
     grads = jax.tree.map(lambda g: g / count, grads)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   optimizer = make_optimizer(config.optimizer)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)

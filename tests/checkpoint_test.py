@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from states import CONFIG, ROOT, make_mesh, make_state, same, sharded
 
-from perceiver_ar import checkpoint
+from perceiver_ar import checkpoint, inspection
 from perceiver_ar import config as config_lib
 from perceiver_ar.errors import UserError
 
@@ -143,7 +143,7 @@ def test_an_empty_folder_and_a_renamed_step_are_damaged(tmp_path):
   (folder / '3').rename(folder / '4')
   (folder / '5').mkdir()
   (folder / '6.orbax-checkpoint-tmp').mkdir()
-  rows = checkpoint.verify(tmp_path)
+  rows = inspection.verify(tmp_path)
   assert [(row['step'], row['ok']) for row in rows] == [(4, False), (5, False)]
   assert 'saved as step 3' in rows[0]['reason']
 
@@ -170,7 +170,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(
     caplog.clear()
   # A run goes on from there.
   save(tmp_path, [3])
-  assert all(row['ok'] for row in checkpoint.verify(tmp_path))
+  assert all(row['ok'] for row in inspection.verify(tmp_path))
 
 
 def test_when_all_are_damaged_the_run_stops_and_keeps_them(tmp_path):
@@ -217,7 +217,7 @@ def test_a_state_may_be_donated_right_after_saving(tmp_path):
     for step in range(4):
       checkpoints.save(step, state, config=CONFIG, loss=None)
       state = add(state)
-  assert [row['ok'] for row in checkpoint.verify(tmp_path)] == [True] * 4
+  assert [row['ok'] for row in inspection.verify(tmp_path)] == [True] * 4
 
 
 def test_a_copy_elsewhere_is_still_a_checkpoint(tmp_path):
@@ -235,15 +235,15 @@ def test_a_copy_elsewhere_is_still_a_checkpoint(tmp_path):
 
 def test_steps_are_listed_and_verified_without_the_model(tmp_path):
   save(tmp_path, [1, 2], {2: 0.25})
-  rows = checkpoint.list_steps(tmp_path)
+  rows = inspection.list_steps(tmp_path)
   assert [(row['step'], row['loss']) for row in rows] == [(1, None), (2, 0.25)]
   assert all(row['bytes'] > 1000 and row['created'] for row in rows)
   damage(tmp_path, 1)
-  rows = checkpoint.verify(tmp_path)
+  rows = inspection.verify(tmp_path)
   assert [row['ok'] for row in rows] == [False, True]
   assert rows[0]['reason'] and not rows[1]['reason']
   assert checkpoint.saved_steps(tmp_path) == [1, 2]
-  assert checkpoint.list_steps(tmp_path / 'nowhere') == []
+  assert inspection.list_steps(tmp_path / 'nowhere') == []
 
 
 class DiskFull:
@@ -319,7 +319,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
   process.send_signal(signal.SIGKILL)
   _, errors = process.communicate()
   assert errors == ''  # Orbax keeps its chatter to itself, too
-  rows = checkpoint.verify(tmp_path)
+  rows = inspection.verify(tmp_path)
   assert rows and all(row['ok'] for row in rows)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = {

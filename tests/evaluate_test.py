@@ -57,7 +57,9 @@ def run(documents, num_devices=1, **how):
 
 def plain_nats(documents, M, N, S):
   """The definition, one window after the other, without any padding."""
-  model = make_config({'model.num_layers': 1}).model
+  model = make_config(
+    {'model.num_layers': 1, 'model.attention': 'reference'}
+  ).model
   params, total = make_params(model), 0.0
   for tokens in (documents[i] for i in range(len(documents))):
     end = len(tokens) - 1
@@ -102,12 +104,12 @@ def test_blocks_are_the_published_ones():
 
 # The model was made for M = 24 and N = 8.
 @pytest.mark.parametrize(
-  ('M', 'N', 'S'), [(6, 4, 3), (24, 8, 8), (9, 2, 1), (30, 12, 5)]
+  ('M', 'N', 'S'), [(6, 4, 3), (5, 2, 1), (30, 12, 5)]
 )
 def test_nats_are_those_of_the_definition(M, N, S):
-  documents = Documents([2, 3, 14])
+  documents = Documents([2, 14])
   report = run(documents, context_length=M, num_latents=N, stride=S)
-  assert report['num_tokens'] == 1 + 2 + 13
+  assert report['num_tokens'] == 1 + 13
   assert report['nats_per_token'] * report['num_tokens'] == pytest.approx(
     plain_nats(documents, M, N, S), rel=1e-6
   )
@@ -131,9 +133,9 @@ def test_the_batch_and_the_devices_are_nothing_to_the_result():
     run(documents, batch_size=7, stride=3),
     run(documents, batch_size=8, stride=3, num_devices=8),
   ):
-    for name, value in one.items():
-      if name != 'seconds':
-        assert other[name] == pytest.approx(value, rel=1e-6), name
+    for name in ('nats_per_token', 'accuracy', 'word_perplexity'):
+      assert other[name] == pytest.approx(one[name], rel=1e-6), name
+    assert other['num_tokens'] == one['num_tokens'] == 113
 
 
 def test_nothing_leaks_out_of_rows_that_are_padding():

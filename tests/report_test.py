@@ -51,8 +51,9 @@ def run(tmp_path):
 def train(run, num_steps, loss=None):
   about = {'num_targets': 8, 'grad_norm': 2.0, 'learning_rate': 1e-3}
   about |= {'seconds': 0.5}
+  noise = np.random.default_rng(0).random(num_steps)
   rows = [
-    {'step': i, 'loss': loss or 5 / (i + 1)} | about for i in range(num_steps)
+    {'step': i, 'loss': loss or 2 + noise[i]} | about for i in range(num_steps)
   ]
   held_out = {'step': num_steps, 'split': 'validation', 'nats_per_token': 1.25}
   lines = [json.dumps(row) + '\n' for row in [*rows, held_out]]

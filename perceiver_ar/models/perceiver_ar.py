@@ -58,7 +58,9 @@ class Embed(nn.Module):
     )
     table = layers.gather(table, axes, 'float32')
     # An id outside of the table shows as NaN instead of as another id.
-    return table.at[ids_BM].get(mode='fill', fill_value=jnp.nan)
+    return table.at[ids_BM].get(
+      mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
+    )
 
 
 class Logits(nn.Module):
@@ -124,6 +126,7 @@ class PerceiverAR(nn.Module):
       num_latents: N, static; may differ from training's.
     """
     M, N = tokens_BM.shape[1], num_latents
+    assert 1 <= N <= M, (N, M)
     has_token_BM = tokens_BM != 0
     start_B = jnp.where(has_token_BM.any(1), has_token_BM.argmax(1), M)
     slots_BM = jnp.broadcast_to(jnp.arange(M)[None], tokens_BM.shape)

@@ -35,9 +35,11 @@ def unit_circle(
     digit = positions // _BASE**i
     if i < _NUM_DIGITS - 1:
       digit %= _BASE
-    # The highest digit of too large a position finds NaN.
+    # The highest digit of too large or negative a position finds NaN.
     look_up = lambda x, digit=digit: (
-      jnp.asarray(x, jnp.float32).at[digit].get(mode='fill', fill_value=jnp.nan)
+      jnp.asarray(x, jnp.float32)
+      .at[digit]
+      .get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
     )
     s, c = look_up(np.sin(angles)), look_up(np.cos(angles))
     sin, cos = (s, c) if i == 0 else (sin * c + cos * s, cos * c - sin * s)

@@ -20,7 +20,7 @@ from published_model import (
   random_file,
 )
 
-from perceiver_ar import checkpoint, workdir
+from perceiver_ar import checkpoint, inspection, workdir
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import records
 
@@ -244,7 +244,7 @@ def test_the_command_writes_a_workdir_and_json(tmp_path):
   assert json.loads(result.stdout) == json.loads(output.read_text())
   assert json.loads(result.stdout)['ok'] is True
   assert checkpoint.saved_steps(run) == [0]
-  assert [row['ok'] for row in checkpoint.verify(run)] == [True]
+  assert [row['ok'] for row in inspection.verify(run)] == [True]
 
 
 @pytest.mark.parametrize('stem', ['absolute_learned_3d', 'wide_embedding'])

@@ -1,0 +1,147 @@
+"""Looking at checkpoints without their model: list, verify, compare, export.
+
+Nothing is renamed or moved: a run may be writing to the same folder.
+"""
+
+import datetime
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from perceiver_ar import checkpoint, config, saved_step
+from perceiver_ar.checkpoint import Path
+from perceiver_ar.checksums import flatten, nest
+from perceiver_ar.errors import UserError
+from perceiver_ar.saved_step import Damaged
+
+
+def list_steps(workdir: Path) -> list[dict[str, Any]]:
+  """For each step: `step`, `loss` or None, `bytes` on disk, `created`."""
+  rows = []
+  for step in checkpoint.saved_steps(workdir):
+    folder = checkpoint.step_folder(workdir, step)
+    time = datetime.datetime.fromtimestamp(folder.stat().mtime)
+    rows.append(
+      {
+        'step': step,
+        'loss': saved_step.read_loss(folder),
+        'bytes': _size(folder),
+        'created': time.isoformat(sep=' ', timespec='seconds'),
+      }
+    )
+  return rows
+
+
+def _size(path: epath.Path) -> int:
+  if path.is_dir():
+    return sum(_size(child) for child in path.iterdir())
+  return path.stat().length
+
+
+def verify(workdir: Path) -> list[dict[str, Any]]:
+  """For each step: `step`, `ok`, `reason` if not. Changes nothing.
+
+  Reads every array onto one device, so that it needs neither the model nor
+  the mesh.
+  """
+  rows = []
+  for step in checkpoint.saved_steps(workdir):
+    reason = ''
+    try:
+      read_arrays(checkpoint.step_folder(workdir, step), '')
+    except Damaged as error:
+      reason = error.reason
+    rows.append({'step': step, 'ok': not reason, 'reason': reason})
+  return rows
+
+
+def diff(
+  workdir: Path, step: int | None, other: Path, other_step: int | None
+) -> dict[str, Any]:
+  """What differs between two steps: `config` keys and `arrays`.
+
+  Args:
+    workdir: of the first.
+    step: of the first; None takes the newest.
+    other: workdir of the second, perhaps the same.
+    other_step: of the second; None takes the newest.
+
+  Returns:
+    `steps`, `config` (lines) and `arrays`, which has for each that differs
+    its `name` and either `shapes` or `largest_difference`.
+  """
+  steps = _chosen(workdir, step), _chosen(other, other_step)
+  folders = [
+    checkpoint.step_folder(d, s)
+    for d, s in zip((workdir, other), steps, strict=True)
+  ]
+  configs = [
+    checkpoint.load_config(d, s)
+    for d, s in zip((workdir, other), steps, strict=True)
+  ]
+  old, new = (read_arrays(folder, '') for folder in folders)
+  rows = []
+  for name in sorted({*old, *new}):
+    a, b = old.get(name), new.get(name)
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+      rows.append({'name': name, 'shapes': [_shape(a), _shape(b)]})
+    elif a.tobytes() != b.tobytes():
+      off = np.abs(a.astype(np.float64) - b.astype(np.float64))
+      rows.append({'name': name, 'largest_difference': float(off.max())})
+  return {
+    'steps': steps,
+    'config': config.differences(*configs),
+    'arrays': rows,
+  }
+
+
+def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
+  """Writes the parameters of a step as one safetensors file.
+
+  Names are paths such as layers/attention/query/kernel; layers are stacked
+  along the first axis. The metadata holds the step.
+  """
+  from safetensors.numpy import save_file
+
+  step = _chosen(workdir, step)
+  arrays = read_arrays(checkpoint.step_folder(workdir, step), 'params/')
+  epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  save_file(arrays, str(path), metadata={'step': str(step)})
+  num = sum(array.size for array in arrays.values())
+  return {'step': step, 'arrays': len(arrays), 'parameters': num}
+
+
+def read_arrays(folder: epath.Path, prefix: str) -> dict[str, np.ndarray]:
+  """Arrays by their path below `prefix`, checked, on this host.
+
+  Raises:
+    Damaged: the files are not those that were saved.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  saved = saved_step.read_manifest(folder)['arrays']
+  abstract = {
+    name.removeprefix(prefix): jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding
+    )
+    for name, (dtype, shape, _) in saved.items()
+    if name.startswith(prefix)
+  }
+  tree = saved_step.restore(folder, nest(abstract), prefix)
+  return {name: np.asarray(x) for name, x in flatten(tree).items()}
+
+
+def _chosen(workdir: Path, step: int | None) -> int:
+  steps = checkpoint.saved_steps(workdir)
+  if not steps:
+    raise UserError(
+      f'{workdir} holds no checkpoint; --workdir must be the folder of a run'
+    )
+  return steps[-1] if step is None else step
+
+
+def _shape(array: np.ndarray | None) -> str:
+  if array is None:
+    return 'absent'
+  return f'{array.dtype.name}[{",".join(map(str, array.shape))}]'
