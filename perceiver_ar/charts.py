@@ -77,7 +77,6 @@ def small_curve(title: str, points: Points, is_log: bool) -> str:
     axes.plot(*points, color=_ACCENT, linewidth=1.2)
     if is_log:
       axes.set_yscale('log')
-      axes.minorticks_off()
     else:
       axes.set_ylim(bottom=0)
     axes.set_title(title)

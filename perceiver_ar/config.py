@@ -290,10 +290,11 @@ _RATES = {
   'model': (
     'rotary_fraction rotary_head_fraction dropout_rate input_dropout_rate'
   ),
-  'train': 'label_smoothing',
-  'optimizer': 'b1 b2 final_fraction',
+  'optimizer': 'final_fraction',
   'sample': 'top_p',
 }
+# Their complements are divided by, or have a logarithm.
+_BELOW_ONE = {'train': 'label_smoothing', 'optimizer': 'b1 b2'}
 
 
 def _check_choices(config: Config) -> None:
@@ -311,6 +312,7 @@ def _check_ranges(config: Config) -> None:
   for section, values in dataclasses.asdict(config).items():
     positive = _POSITIVE.get(section, '').split()
     rates = _RATES.get(section, '').split()
+    below_one = _BELOW_ONE.get(section, '').split()
     for name, value in values.items():
       key = f'{section}.{name}'
       if section == 'mesh' or not isinstance(value, int | float):
@@ -320,6 +322,8 @@ def _check_ranges(config: Config) -> None:
         _require(value > 0, f'config key {key} is {value}; it must be > 0')
       if name in rates:
         _require(value <= 1, f'config key {key} is {value}; it must be <= 1')
+      if name in below_one:
+        _require(value < 1, f'config key {key} is {value}; it must be < 1')
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -384,9 +388,16 @@ def _check_positions(model: ModelConfig) -> None:
     )
   if model.position_encoding == 'learned':
     _require(
-      0 not in model.position_sizes,
+      min(model.position_sizes) > 0,
       f'model.position_sizes {model.position_sizes}: learned positions need '
       'the number of rows of every table',
+    )
+    _require(
+      model.position_source == 'data'
+      or model.position_sizes[0] >= model.context_length,
+      f'model.position_sizes {model.position_sizes} is below '
+      f'model.context_length {model.context_length}, and positions counted '
+      'from the end reach it; raise it',
     )
   if model.position_encoding == 'sinusoidal':
     _require(

@@ -174,7 +174,8 @@ def _check_sharded(
   name: str, shape: tuple[int, ...], used: set[str], mesh: Mesh, rules: Rules
 ) -> None:
   """Under rules that shard parameters, a large one must not be left whole."""
-  wanted = {m for m in rules.values() if m and mesh.shape[str(m)] > 1}
+  entries = [(x,) if isinstance(x, str) else x or () for x in rules.values()]
+  wanted = {m for entry in entries for m in entry if mesh.shape[m] > 1}
   if wanted and not used & wanted and math.prod(shape) >= _LARGE:
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '

@@ -19,7 +19,9 @@ FORBIDDEN = (0, 2)
 M, N = 24, 8  # of the tiny model
 
 
+@functools.cache
 def make_sampler(changes=(), **how):
+  """Kept, so that tests share what was compiled."""
   flat = {f'sample.{name}': value for name, value in how.items()}
   few = {'sample.num_samples': 2, 'sample.refill_latents': 4}
   config = make_config({'model.num_layers': 1, **few, **flat, **dict(changes)})
@@ -31,6 +33,10 @@ def make_sampler(changes=(), **how):
     layout=layouts.INDEX,
     forbidden=FORBIDDEN,
   )
+
+
+def model_changes(positions):
+  return tuple((f'model.{k}', v) for k, v in POSITIONS[positions].items())
 
 
 def draw(sampler, prompt, length):
@@ -107,16 +113,17 @@ def test_samples_are_those_of_full_forward_passes(prompt_length):
 
 @pytest.mark.parametrize('positions', ['rotary_from_end', 'sinusoidal'])
 def test_so_they_are_with_other_positions(positions):
-  changes = {f'model.{k}': v for k, v in POSITIONS[positions].items()}
-  config, sampler = make_sampler(changes, num_samples=1, top_k=9)
-  prompt = make_prompt(5)
-  assert draw(sampler, prompt, 20)[0].tolist() == expected(
-    config, prompt, 20, 0
+  config, sampler = make_sampler(
+    model_changes(positions), top_k=9, refill_latents=7
+  )
+  prompt = make_prompt(10)
+  assert draw(sampler, prompt, 15)[0].tolist() == expected(
+    config, prompt, 15, 0
   )
 
 
 def test_so_are_the_likeliest_tokens():
-  config, sampler = make_sampler(temperature=0.0, num_samples=1)
+  config, sampler = make_sampler(temperature=0.0)
   prompt = make_prompt(10)
   assert draw(sampler, prompt, 15)[0].tolist() == expected(
     config, prompt, 15, 0
@@ -125,7 +132,7 @@ def test_so_are_the_likeliest_tokens():
 
 @pytest.mark.parametrize('prompt_length', [M - 3, M + 1, 2 * M + 5])
 def test_after_every_refill_past_m_nothing_older_than_m_counts(prompt_length):
-  config, sampler = make_sampler(num_samples=1)
+  config, sampler = make_sampler()
   prompt = make_prompt(prompt_length)
   found = draw(sampler, prompt, 23)[0]
   text_T = tuple(int(t) for t in np.concatenate([prompt, found]))
@@ -136,17 +143,14 @@ def test_after_every_refill_past_m_nothing_older_than_m_counts(prompt_length):
 
 
 def test_refilling_all_latents_at_every_token_is_no_cache_at_all():
-  config, sampler = make_sampler(num_samples=1, refill_latents=N)
+  config, sampler = make_sampler(refill_latents=N)
   prompt = make_prompt(M - 4)
   found = draw(sampler, prompt, 12)[0].tolist()
   assert found == expected(config, prompt, 12, 0)
 
 
 def test_positions_that_move_with_the_end_are_sampled_without_a_cache():
-  changes = {
-    f'model.{k}': v for k, v in POSITIONS['sinusoidal_from_end'].items()
-  }
-  config, sampler = make_sampler(changes, num_samples=1)
+  config, sampler = make_sampler(model_changes('sinusoidal_from_end'))
   prompt = make_prompt(5)
   found = draw(sampler, prompt, 70)[0].tolist()  # past M, and 64 at a time
   tokens = tuple(int(t) for t in prompt)
@@ -160,22 +164,22 @@ def test_positions_that_move_with_the_end_are_sampled_without_a_cache():
 
 def test_a_sample_depends_on_its_row_and_seed_and_not_on_the_others():
   prompt = make_prompt(4)
-  alone = draw(make_sampler(num_samples=1)[1], prompt, 3 * M)
+  few = draw(make_sampler()[1], prompt, 3 * M)
   many = draw(make_sampler(num_samples=3)[1], prompt, 3 * M)
-  np.testing.assert_array_equal(many[:1], alone)
+  np.testing.assert_array_equal(many[:2], few)
   assert len({tuple(row) for row in many.tolist()}) == 3
-  again = draw(make_sampler(num_samples=1)[1], prompt, 2 * M)
-  np.testing.assert_array_equal(again, alone[:, : 2 * M])
-  other = draw(make_sampler(num_samples=1, seed=1)[1], prompt, 2 * M)
+  again = draw(make_sampler()[1], prompt, 2 * M)
+  np.testing.assert_array_equal(again, few[:, : 2 * M])
+  other = draw(make_sampler(seed=1)[1], prompt, 2 * M)
   assert (other != again).any()
   assert not np.isin(many, FORBIDDEN).any()
 
 
 def test_samples_that_run_off_the_positions_are_refused():
-  changes = {
-    'model.position_encoding': 'learned',
-    'model.position_sizes': (40,),
-  }
+  changes = (
+    ('model.position_encoding', 'learned'),
+    ('model.position_sizes', (40,)),
+  )
   _, sampler = make_sampler(changes)
   assert draw(sampler, make_prompt(20), 20).shape == (2, 20)
   with pytest.raises(UserError, match='41 tokens.*reach 40.*up to 39'):
@@ -183,7 +187,8 @@ def test_samples_that_run_off_the_positions_are_refused():
 
 
 def test_what_a_sampler_holds_does_not_grow():
-  _, sampler = make_sampler(num_samples=1)
+  _, sampler = make_sampler()
+  before = sampler._segment._cache_size()
   held, drawn = [], 0
   for new_BT in sampler.run(make_prompt(1).astype(np.int32), 5000):
     drawn += new_BT.shape[1]
@@ -191,13 +196,13 @@ def test_what_a_sampler_holds_does_not_grow():
       held.append(sum(array.nbytes for array in jax.live_arrays()))
   assert drawn == 5000
   assert max(held[-10:]) <= max(held[:10])
-  cache_size = getattr(sampler._segment, '_cache_size')  # noqa: B009
-  assert cache_size() == 2  # the first, shorter one, and all others
+  # At most one program more, for the first refill from SOS alone.
+  assert sampler._segment._cache_size() <= max(before, 1) + 1
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens_take_no_more_memory_than_a_thousand():
-  _, sampler = make_sampler(num_samples=1)
+  _, sampler = make_sampler()
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   drawn, early = 0, 0.0
   for new_BT in sampler.run(make_prompt(1).astype(np.int32), 100_000):

@@ -284,7 +284,8 @@ class TextStream:
       if not self._codec.decode(ready).endswith('\ufffd'):
         self._flush(ready)
         return
-    self._flush(self._waiting)
+    # Bytes that are no text; a character may still begin among the last.
+    self._flush(self._waiting[: -self._LONGEST])
 
   def close(self) -> None:
     self._flush(self._waiting)

@@ -1,0 +1,53 @@
+"""The first losses of a run are the ones they were.
+
+Not compared bit by bit: another CPU has other vector widths, sums in another
+order and rounds differently. A change of the numerics is far larger.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+from tiny import CONFIGS
+
+from perceiver_ar import config as config_lib
+from perceiver_ar import partitioning, train_step
+from perceiver_ar.data import pipeline
+
+_FILE = pathlib.Path(__file__).parent / 'golden' / 'tiny_losses.txt'
+_NUM_STEPS = 10
+
+
+def _losses():
+  """Of configs/copy_task.py:tiny, its dropout and its data included."""
+  get_config = runpy.run_path(str(CONFIGS / 'copy_task.py'))['get_config']
+  config = config_lib.resolve(get_config('tiny'))
+  assert config.model.dropout_rate > 0
+  one = dataclasses.replace(config.mesh, data=1)
+  mesh = partitioning.make_mesh(one, jax.devices()[:1])
+  documents = pipeline.open_documents(
+    config.data, 'train', seed=config.train.seed
+  )
+  batches = pipeline.train_batches(
+    config, documents, first_step=0, process_index=0, process_count=1
+  )
+  state = train_step.init_state(config, mesh)
+  step = train_step.make_train_step(config, mesh)
+  losses = []
+  for _ in range(_NUM_STEPS):
+    batch = partitioning.global_batch(next(batches), mesh)
+    state, sums = step(state, batch)
+    losses.append(float(sums['loss'] / sums['num_targets']))
+  batches.close()
+  return losses
+
+
+def test_the_first_losses_are_the_golden_ones():
+  golden = [float.fromhex(line) for line in _FILE.read_text().split()]
+  losses = _losses()
+  if losses != golden:
+    # To be written to the file, and to the changelog, if meant.
+    print('\n'.join(loss.hex() for loss in losses))
+  np.testing.assert_allclose(losses, golden, rtol=1e-5)

@@ -1,0 +1,246 @@
+"""A run that is interrupted anywhere ends as if nothing had happened."""
+
+import random
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from runs import (
+  TINY,
+  assert_same_run,
+  compiled_once,
+  contents,
+  copy_config,
+  damage,
+  final_params,
+  rows,
+  start,
+  wait_until,
+)
+
+from perceiver_ar import checkpoint, flops, train, workdir
+from perceiver_ar import config as config_lib
+from perceiver_ar.data import layouts, pipeline, text, writer
+from perceiver_ar.errors import UserError
+
+__all__ = ['compiled_once']
+
+
+@pytest.fixture(autouse=True)
+def _instant_rate(monkeypatch):
+  monkeypatch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  assert train.train_and_evaluate(copy_config(), folder) == 0
+  return folder
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+  tmp_path, compiled_once
+):
+  """Dropout is on; killed at a random step, then within a save, then asked."""
+  words = [TINY, '--config.train.num_steps=80', '--config.evaluate.every=10']
+
+  def begin(name):
+    return start(compiled_once, 'train', f'--workdir={tmp_path / name}', *words)
+
+  def num_rows():
+    path = tmp_path / 'killed' / 'metrics.jsonl'
+    return path.read_bytes().count(b'\n') if path.exists() else 0
+
+  def is_saving():
+    return any((tmp_path / 'killed' / 'checkpoints').glob('*tmp*'))
+
+  whole = begin('whole')
+  assert whole.wait(240) == 0, whole.communicate()
+  assert 'trained to step 80' in whole.communicate()[0]
+
+  process, at = begin('killed'), random.randrange(3, 20)
+  wait_until(lambda: num_rows() >= at, process)
+  process.kill()
+  process.communicate()
+
+  process, at = begin('killed'), num_rows() + 3
+  wait_until(lambda: num_rows() >= at and is_saving(), process)
+  process.kill()
+  process.communicate()
+
+  process, at = begin('killed'), num_rows() + 3
+  wait_until(lambda: num_rows() >= at, process)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  told = re.search(r'SIGTERM: step (\d+) is saved; run again to go on', out)
+  assert told, out
+  assert checkpoint.saved_steps(tmp_path / 'killed')[-1] == int(told[1]) < 80
+
+  process = begin('killed')
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert f'goes on from step {told[1]} of 80' in out
+  config = config_lib.resolve(workdir.read_config(tmp_path / 'whole'))
+  assert_same_run(tmp_path / 'killed', tmp_path / 'whole', config)
+
+
+def test_every_step_and_every_evaluation_has_a_row(undisturbed):
+  config = copy_config()
+  parsed = rows(undisturbed)
+  steps = [row for row in parsed if 'split' not in row]
+  assert [row['step'] for row in steps] == list(range(6))
+  assert set(steps[0]) >= {'loss', 'num_targets', 'grad_norm', 'learning_rate'}
+  assert [row['num_targets'] for row in steps] == [64] * 6
+  assert steps[0]['loss'] == pytest.approx(np.log(259), rel=1e-5)
+  assert [r['step'] for r in parsed if r.get('split') == 'validation'] == [3, 6]
+  documents = pipeline.open_documents(config.data, 'train', seed=1)
+  batches = pipeline.train_batches(
+    config, documents, first_step=0, process_index=0, process_count=1
+  )
+  assert [row['data_digest'] for row in steps] == [
+    pipeline.format_digest(pipeline.digest(batch, 0)) for batch in batches
+  ]
+  assert all(re.fullmatch('[0-9a-f]{16}', r['data_digest']) for r in steps)
+
+
+def test_a_run_that_is_over_says_so_and_changes_nothing(undisturbed, capsys):
+  before = contents(undisturbed)
+  assert train.train_and_evaluate(copy_config(), undisturbed) == 0
+  assert 'nothing to do: step 6 of 6 is reached' in capsys.readouterr().out
+  assert contents(undisturbed) == before
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated'])
+def test_a_damaged_checkpoint_is_set_aside_and_costs_only_time(
+  tmp_path, undisturbed, how, caplog
+):
+  train.train_and_evaluate(copy_config(train__num_steps=4), tmp_path)
+  damage(tmp_path, 4, how)
+  assert train.train_and_evaluate(copy_config(), tmp_path) == 0
+  told = [r.getMessage() for r in caplog.records if 'damaged' in r.getMessage()]
+  assert len(told) == 1
+  assert 'step 2 is used instead' in told[0]
+  assert (tmp_path / 'damaged' / '4-1').is_dir()
+  assert_training_is_the_same(tmp_path, undisturbed)
+
+
+def assert_training_is_the_same(one, other):
+  """All but the evaluation at what was once the last step."""
+  a, b = ([r for r in rows(x) if 'split' not in r] for x in (one, other))
+  assert a == b
+  config = copy_config()
+  (step, params), (last, others) = (
+    final_params(x, config) for x in (one, other)
+  )
+  assert step == last
+  jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+def test_a_constant_schedule_may_go_on_for_longer(tmp_path, undisturbed):
+  train.train_and_evaluate(copy_config(train__num_steps=3), tmp_path)
+  assert rows(tmp_path)[-1]['step'] == 3
+  train.train_and_evaluate(copy_config(), tmp_path)
+  assert_training_is_the_same(tmp_path, undisturbed)
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(tmp_path):
+  for num in (1, 2):
+    config = copy_config(
+      train__batch_size=16,
+      train__num_microbatches=num,
+      train__num_steps=3,
+      model__dropout_rate=0.0,
+      evaluate__every=0,
+    )
+    train.train_and_evaluate(config, tmp_path / str(num))
+  for a, b in zip(rows(tmp_path / '1'), rows(tmp_path / '2'), strict=True):
+    assert a['data_digest'] == b['data_digest']
+    for name in ('loss', 'grad_norm', 'num_targets', 'z_loss'):
+      assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
+  config = copy_config(
+    train__num_steps=30,
+    train__max_nonfinite_steps=4,
+    optimizer__learning_rate=1e30,
+    evaluate__every=0,
+  )
+  with pytest.raises(UserError) as error:
+    train.train_and_evaluate(config, tmp_path)
+  found = rows(tmp_path)
+  skipped = [row['skipped'] for row in found]
+  assert skipped == [0] * (len(skipped) - 4) + [1] * 4
+  assert len(skipped) > 4
+  good = checkpoint.saved_steps(tmp_path)[-1]
+  assert f'4 steps in a row, the last of them step {len(found) - 1}' in str(
+    error.value
+  )
+  assert f'the last good checkpoint is step {good}' in str(error.value)
+  _, params = final_params(tmp_path, config)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'named'),
+  [
+    ({'model__dropout_rate': 0.2}, 'model.dropout_rate: 0.1 -> 0.2'),
+    ({'train__seed': 2}, 'train.seed: 1 -> 2'),
+    ({'optimizer__b2': 0.99}, 'optimizer.b2: 0.999 -> 0.99'),
+  ],
+)
+def test_another_config_is_refused_with_the_difference(
+  undisturbed, changes, named
+):
+  before = contents(undisturbed)
+  with pytest.raises(UserError, match=re.escape(named)):
+    train.train_and_evaluate(copy_config(**changes), undisturbed)
+  assert contents(undisturbed) == before
+
+
+def write_texts(path, first):
+  codec = text.ByteCodec()
+  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
+    target.set_vocabulary(text.save_codec(codec, target.folder))
+    for split in ('train', 'validation'):
+      tokens = np.concatenate(
+        [[text.SOS], codec.encode(first + 'a text' * 20), [text.EOS]]
+      )
+      target.add(split, tokens, name='x', num_bytes=121, num_words=21)
+  return path
+
+
+def test_another_data_set_is_refused(tmp_path):
+  def config(name):
+    path = str(tmp_path / name)
+    return copy_config(
+      data__kind='text', data__path=path, train__num_steps=1, evaluate__every=0
+    )
+
+  write_texts(tmp_path / 'one', '1')
+  write_texts(tmp_path / 'two', '2')
+  folder = tmp_path / 'run'
+  train.train_and_evaluate(config('one'), folder)
+  before = contents(folder)
+  with pytest.raises(UserError, match=r'was begun on data set .* holds'):
+    train.train_and_evaluate(config('two'), folder)
+  assert contents(folder) == before
+  (tmp_path / 'one').rename(tmp_path / 'moved')  # the same data elsewhere
+  assert train.train_and_evaluate(config('moved'), folder) == 0
+
+
+def test_the_last_steps_alone_are_kept_for_the_screen(tmp_path, monkeypatch):
+  kept = []
+  record = train._Loop._record
+
+  def spy(self):
+    record(self)
+    kept.append(len(self._rows))
+
+  monkeypatch.setattr(train._Loop, '_record', spy)
+  config = copy_config(train__log_every=1, evaluate__every=0)
+  train.train_and_evaluate(config, tmp_path)
+  assert max(kept) == 1
