@@ -15,7 +15,7 @@ _LAYERS = [
   'errors',
   'ops data config progress distributed',
   'models partitioning optimizer losses metrics flops checksums workdir',
-  'train_step saved_step checkpoint evaluate sample',
+  'train_step saved_step checkpoint inspection evaluate sample',
   'train plan report',
   'main',
 ]
@@ -25,6 +25,9 @@ _ALSO = {
   ('data', 'config'),  # takes its section
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets
+  ('sample', 'train_step'),  # what parameters are
+  ('inspection', 'checkpoint'),
+  ('inspection', 'saved_step'),
 }
 
 

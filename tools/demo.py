@@ -140,10 +140,10 @@ def _step_of(path: Path) -> int | None:
 
 
 def _report(workdir: Path, commands: Commands, seconds: float) -> None:
-  from perceiver_ar import report
+  from perceiver_ar.report import document
 
-  path = report.write(workdir, commands.all())
-  bits = report.compare(workdir)
+  path = document.write(workdir, commands.all())
+  bits = document.compare(workdir)
   ours = next(iter(bits.values()))
   print(
     f'\nheld-out text: {ours:.3f} bits per byte (xz -9: {bits["xz -9"]:.3f})\n'

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from perceiver_ar import report
-
 _PYTHON = sys.executable
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -94,12 +92,12 @@ def tool(stage, monkeypatch):
   monkeypatch.setattr(module.demo_books, 'collect', collect)
   module.reported = []
   monkeypatch.setattr(
-    report,
+    document,
     'write',
     lambda path, commands: module.reported.append(commands) or path / 'r.html',
   )
   monkeypatch.setattr(
-    report, 'compare', lambda path: {'this model': 2.125, 'xz -9': 2.5}
+    document, 'compare', lambda path: {'this model': 2.125, 'xz -9': 2.5}
   )
   return module
 

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perceiver_ar import charts, compressors, evaluate, metrics, page
 from perceiver_ar import config as config_lib
+from perceiver_ar import evaluate, metrics
 from perceiver_ar import workdir as workdir_lib
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
+from perceiver_ar.report import charts, compressors, page
 
 _MODEL = 'this model'
 _MAX_POINTS = 1_000  # of a curve; beyond, a point is the mean of some steps

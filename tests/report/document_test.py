@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tiny import make_config, make_params
 
-from perceiver_ar import charts, compressors, report, workdir
+from perceiver_ar import workdir
 from perceiver_ar.data import layouts, pipeline, text, writer
 from perceiver_ar.errors import UserError
+from perceiver_ar.report import charts, compressors, document
 
 TEXTS = [
   f'Book {i}: ' + 'the sea, the whale & the <sea>. ' * (i + 3) for i in range(5)
@@ -120,7 +121,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write(run):
-  return report.write(run, COMMANDS).read_text(encoding='utf-8')
+  return document.write(run, COMMANDS).read_text(encoding='utf-8')
 
 
 def write_all(run):
@@ -175,7 +176,7 @@ def test_compressors_get_the_very_bytes_that_were_evaluated(run):
   for chosen in (range(5), [0, 2], [0]):
     evaluate(run, chosen)
     data = ''.join(TEXTS[i] for i in chosen).encode()
-    bits = report.compare(run)
+    bits = document.compare(run)
     assert next(iter(bits.values())) == 1.984
     assert bits['xz -9'] == 8 * len(lzma.compress(data, preset=9)) / len(data)
     assert f'{bits["gzip -9"]:.3f}' in write(run)
@@ -185,7 +186,7 @@ def test_other_bytes_are_not_compared(run):
   evaluate(run, range(5))
   prepare(run.parent / 'data', TEXTS[1:])
   with pytest.raises(UserError, match='evaluate again'):
-    report.compare(run)
+    document.compare(run)
   assert 'comparison is left out' in (content := write(run))
   assert '1.984' in content and 'xz' not in content
 
@@ -205,7 +206,7 @@ def test_what_is_not_there_yet_is_named(run):
   ):
     assert missing in content
   with pytest.raises(UserError, match='perceiver-ar evaluate'):
-    report.compare(run)
+    document.compare(run)
   assert 'class="missing"' not in write_all(run)
 
 
@@ -245,7 +246,7 @@ def test_thinning_keeps_every_step(num_steps):
     | {'grad_norm': 1.0, 'learning_rate': 1.0, 'seconds': 1.0}
     for i in range(num_steps)
   ]
-  steps, thinned = report._thin(rows)
+  steps, thinned = document._thin(rows)
   assert len(thinned) == len(steps) <= 1_000 and steps[-1] == num_steps - 1
   count = lambda some: sum(row['num_targets'] for row in some)
   total = lambda some: sum(row['loss'] * row['num_targets'] for row in some)
@@ -256,7 +257,7 @@ def test_thinning_keeps_every_step(num_steps):
 def test_parameters_are_those_of_the_model():
   model = make_config({}).model
   leaves = jax.tree.leaves(make_params(model))
-  assert report.num_parameters(model) == sum(leaf.size for leaf in leaves)
+  assert document.num_parameters(model) == sum(leaf.size for leaf in leaves)
 
 
 def test_a_broken_file_is_named(run):
@@ -267,7 +268,7 @@ def test_a_broken_file_is_named(run):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(UserError, match='folder of a run'):
-    report.write(tmp_path, [])
+    document.write(tmp_path, [])
 
 
 def test_a_missing_sample_is_named(run):
