@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from perceiver_ar.report import document
+
 _PYTHON = sys.executable
 _ROOT = pathlib.Path(__file__).parents[2]
 

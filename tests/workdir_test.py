@@ -1,0 +1,119 @@
+"""A workdir can be copied without its data, and never changes its run."""
+
+import json
+import shutil
+
+import pytest
+from runs import contents, copy_config
+from tiny import make_config
+
+from perceiver_ar import config as config_lib
+from perceiver_ar import workdir
+from perceiver_ar.data import layouts, text
+from perceiver_ar.errors import UserError
+
+TABLE = layouts.validated({'kind': 'table', 'rows': [[1, 1], [1, 2], [2, 1]]})
+
+
+class DataSet:
+  def __init__(self, codec, layout, fingerprint='ab' * 32):
+    self.codec = codec
+    self.layout = layout
+    self.fingerprint = fingerprint
+
+
+@pytest.fixture(scope='module')
+def subwords(tmp_path_factory):
+  path = tmp_path_factory.mktemp('vocabulary') / text.MODEL_FILE
+  text.train_sentencepiece(['a ship and the sea.\n' * 40] * 4, 285, path)
+  return text.SentencePieceCodec(path)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'sentencepiece', 'ids'])
+@pytest.mark.parametrize('layout', [layouts.INDEX, TABLE])
+def test_what_a_run_was_begun_on_is_read_back(
+  tmp_path, subwords, kind, layout
+):
+  codec = {
+    'bytes': text.ByteCodec(),
+    'sentencepiece': subwords,
+    'ids': text.IdsCodec(77),
+  }[kind]
+  workdir.begin(tmp_path / 'run', copy_config(), DataSet(codec, layout))
+  shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+  shutil.rmtree(tmp_path / 'run')
+  trained = workdir.read_trained(tmp_path / 'copy')
+  assert trained.fingerprint == 'ab' * 32
+  assert (trained.codec.kind, trained.codec.sha256) == (kind, codec.sha256)
+  words = '5 76' if kind == 'ids' else 'the sea, 漢'
+  assert trained.codec.encode(words).tolist() == codec.encode(words).tolist()
+  for index in range(3):
+    at = layouts.np.array([index])
+    assert (
+      layouts.positions(trained.layout, at) == layouts.positions(layout, at)
+    ).all()
+  raw = workdir.read_config(tmp_path / 'copy')
+  assert config_lib.resolve(raw) == copy_config()
+
+
+def test_a_run_may_begin_again_and_change_what_it_does_not_compute(tmp_path):
+  data = DataSet(text.ByteCodec(), layouts.INDEX)
+  workdir.begin(tmp_path, copy_config(), data)
+  workdir.begin(tmp_path, copy_config(), data)
+  longer = copy_config(train__num_steps=99, sample__top_p=0.5, mesh__data=2)
+  workdir.begin(tmp_path, longer, data)
+  assert config_lib.resolve(workdir.read_config(tmp_path)) == longer
+  assert not list(tmp_path.glob('*.tmp'))
+
+
+@pytest.mark.parametrize(
+  ('config', 'fingerprint', 'named'),
+  [
+    (make_config({}), 'ab' * 32, "data.kind: 'copy' -> 'text'"),
+    (copy_config(), 'cd' * 32, 'abababababab, and data.path holds cdcdcdcdcdcd'),
+  ],
+)
+def test_another_run_is_refused_and_nothing_is_written(
+  tmp_path, config, fingerprint, named
+):
+  codec = text.ByteCodec()
+  workdir.begin(tmp_path, copy_config(), DataSet(codec, layouts.INDEX))
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match=named):
+    other = DataSet(codec, layouts.INDEX, fingerprint)
+    workdir.begin(tmp_path, config, other)
+  assert contents(tmp_path) == before
+
+
+def test_another_vocabulary_is_refused(tmp_path, subwords):
+  data = DataSet(text.ByteCodec(), layouts.INDEX)
+  workdir.begin(tmp_path, copy_config(), data)
+  elsewhere = DataSet(text.ByteCodec(), layouts.INDEX, 'cd' * 32)
+  workdir.check_vocabulary(tmp_path, elsewhere)  # other data, the same ids
+  with pytest.raises(UserError, match='bytes 259 .* sentencepiece 285'):
+    workdir.check_vocabulary(tmp_path, DataSet(subwords, layouts.INDEX))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'dataset.json'])
+def test_a_folder_that_is_no_run_is_named(tmp_path, name):
+  data = DataSet(text.ByteCodec(), layouts.INDEX)
+  workdir.begin(tmp_path, copy_config(), data)
+  path = tmp_path / name
+  read = {
+    'config.json': workdir.read_config,
+    'dataset.json': workdir.read_trained,
+  }[name]
+  path.write_text(path.read_text()[:-20])
+  with pytest.raises(UserError, match=f'{name} is not JSON'):
+    read(tmp_path)
+  path.unlink()
+  with pytest.raises(UserError, match=f'{name} does not exist'):
+    read(tmp_path)
+
+
+def test_files_are_plain_json(tmp_path):
+  data = DataSet(text.ByteCodec(), TABLE)
+  workdir.begin(tmp_path, copy_config(), data)
+  about = json.loads((tmp_path / 'dataset.json').read_text())
+  assert about['positions']['rows'] == [[1, 1], [1, 2], [2, 1]]
+  assert about['vocabulary']['kind'] == 'bytes'
