@@ -292,16 +292,21 @@ def _resolve_flags(rest: list[str], base: dict[str, Any] | None) -> Config:
         'by --config.SECTION.KEY=VALUE)'
       )
   values = flags.FlagValues()
-  if any(word.startswith('--config=') for word in rest) or base is None:
-    config_flags.DEFINE_config_file('config', flag_values=values)
-  else:
-    config_flags.DEFINE_config_dict(
-      'config', ConfigDict(base), flag_values=values
-    )
   with _reading(rest):
+    if any(word.startswith('--config=') for word in rest) or base is None:
+      config_flags.DEFINE_config_file('config', flag_values=values)
+    else:
+      config_flags.DEFINE_config_dict(
+        'config', ConfigDict(base), flag_values=values
+      )
     values(['perceiver-ar', *rest])
     raw = values['config'].value
-  assert isinstance(raw, ConfigDict)
+  if not isinstance(raw, ConfigDict):
+    # A file that is missing comes as an object that raises when it is used.
+    raise UserError(
+      f'cannot read {" ".join(rest)}: there is no such file, or its get_config '
+      'returns no ConfigDict; see configs/'
+    )
   return config_lib.resolve(raw.to_dict())
 
 
@@ -310,21 +315,25 @@ def _reading(rest: list[str]) -> Iterator[None]:
   """Config files may import their neighbours; what they raise is a mistake."""
   files = [word[9:] for word in rest if word.startswith('--config=')]
   roots = [str(Path(f.split(':')[0]).resolve().parent.parent) for f in files]
-  before = list(sys.path)
+  before, argv = list(sys.path), sys.argv
   sys.path[:0] = [*roots, str(Path.cwd())]
+  # config_flags looks for overrides here, whatever it is given to parse.
+  sys.argv = ['perceiver-ar', *rest]
   try:
     yield
   except Exception as error:
     reason = str(error.args[0] if error.args else error).strip()
     if 'Traceback' in reason:  # of what get_config raised
       reason = reason.splitlines()[-1]
-    reason = ' '.join(reason.replace('\\n', ' ').strip('\'"').split())
+    if reason[:1] in ('"', "'") and reason[:1] == reason[-1:]:  # KeyError's
+      reason = reason[1:-1]
+    reason = reason.replace('\\n', ' ').replace("\\'", "'")
     raise UserError(
       f'cannot read {" ".join(rest)}: {reason.rstrip(".")}; check the file '
       'and the keys, configs/default.py lists them all'
     ) from error
   finally:
-    sys.path[:] = before
+    sys.path[:], sys.argv = before, argv
 
 
 def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:

@@ -42,9 +42,10 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipping by global norm, the update rule, the learning rate."""
-  steps = [_update_rule(config), optax.scale_by_learning_rate(
-    make_schedule(config)
-  )]
+  steps = [
+    _update_rule(config),
+    optax.scale_by_learning_rate(make_schedule(config)),
+  ]
   if config.clip_norm:
     steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
   return optax.chain(*steps)
@@ -73,6 +74,7 @@ def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _is_matrix(params: optax.Params) -> optax.Params:
   """Weight decay leaves biases, scales and offsets alone."""
+
   def is_matrix(path: tuple, _: jax.Array) -> bool:
     return path[-1].key not in ('bias', 'scale')
 

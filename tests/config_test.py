@@ -168,9 +168,7 @@ def test_every_key_is_typed_and_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.model.width = 3  # pyright: ignore[reportAttributeAccessIssue]
   for section, values in default_config().items():
-    assert set(values) == set(
-      dataclasses.asdict(getattr(config, section))
-    )
+    assert set(values) == set(dataclasses.asdict(getattr(config, section)))
 
 
 def test_values_follow_the_key_in_braces_until_they_are_set():

@@ -32,7 +32,7 @@ def _loss(logits, targets, z_loss=0.0, label_smoothing=0.0):
 def test_it_equals_the_formula_in_float64(scale, smoothing):
   logits, targets = _draw(scale)
   exact = logits.astype(np.float64)
-  log_z = scipy.special.logsumexp(exact, axis=-1)
+  log_z = np.log(np.exp(exact).sum(-1))
   label = np.full((2, 5, _V), smoothing / (_V - 1))
   np.put_along_axis(label, targets[..., None], 1 - smoothing, -1)
   loss = -(label * (exact - log_z[..., None])).sum(-1)
@@ -48,7 +48,7 @@ def test_the_gradient_is_the_published_one():
   got = jax.grad(lambda x: sum(x.sum() for x in _loss(x, targets, z_loss)))(
     jnp.asarray(logits)
   )
-  log_z = scipy.special.logsumexp(logits, axis=-1)[..., None]
+  log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
   onehot = np.eye(_V)[targets]
   want = (1 + 2 * z_loss * log_z) * scipy.special.softmax(logits, -1) - onehot
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

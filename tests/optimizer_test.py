@@ -1,6 +1,7 @@
 """Schedules at their ends, and optax's own optimizers with our settings."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def _config(**changes):
 
 
 def _rates(**changes):
-  schedule = optimizer_lib.make_schedule(_config(**changes))
+  schedule: Any = optimizer_lib.make_schedule(_config(**changes))
   return lambda *steps: [float(schedule(step)) / 0.1 for step in steps]
 
 
@@ -66,7 +67,9 @@ def test_steps_fall_tenfold_at_half_four_fifths_and_nineteen_twentieths():
 
 def test_rsqrt_falls_with_the_root_of_the_steps_after_warm_up():
   rate = _rates(schedule='rsqrt', warmup_steps=100)
-  np.testing.assert_allclose(rate(100, 400, 1000), [1, 0.5, 0.1**0.5], rtol=1e-5)
+  np.testing.assert_allclose(
+    rate(100, 400, 1000), [1, 0.5, 0.1**0.5], rtol=1e-5
+  )
 
 
 def _params(seed=0):

@@ -147,8 +147,9 @@ def test_moments_live_with_their_parameters(name):
 
 
 def test_factored_moments_stay_whole():
-  config = make_config({'optimizer.name': 'adafactor', 'model.mlp_width': 256,
-                        'model.width': 128})
+  config = make_config(
+    {'optimizer.name': 'adafactor', 'model.mlp_width': 256, 'model.width': 128}
+  )
   state = train_step.abstract_state(config, _mesh(data=4, model=2))
   factors = [
     x

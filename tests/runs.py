@@ -107,16 +107,15 @@ def assert_same_run(
 
 
 def damage(workdir: pathlib.Path, step: int, how: str) -> None:
-  """Flips a bit of the largest file of a checkpoint, or cuts it short."""
-  folder = workdir / 'checkpoints' / str(step)
-  files = [path for path in folder.rglob('*') if path.is_file()]
-  path = max(files, key=lambda path: path.stat().st_size)
-  content = bytearray(path.read_bytes())
-  if how == 'flipped':
-    content[len(content) // 2] ^= 1
-  else:
-    del content[len(content) // 2 :]
-  path.write_bytes(content)
+  """Flips a bit in the arrays of a checkpoint, or cuts them short."""
+  state = workdir / 'checkpoints' / str(step) / 'state'
+  for path in state.rglob('d/*'):
+    content = bytearray(path.read_bytes())
+    if how == 'flipped':
+      content[len(content) // 2] ^= 1
+    else:
+      del content[len(content) // 2 :]
+    path.write_bytes(content)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from runs import (
   wait_until,
 )
 
-from perceiver_ar import checkpoint, flops, train, workdir
+from perceiver_ar import checkpoint, flops, partitioning, train, workdir
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import layouts, pipeline, text, writer
 from perceiver_ar.errors import UserError
@@ -28,9 +28,18 @@ from perceiver_ar.errors import UserError
 __all__ = ['compiled_once']
 
 
-@pytest.fixture(autouse=True)
-def _instant_rate(monkeypatch):
-  monkeypatch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
+@pytest.fixture(scope='module', autouse=True)
+def _quick():
+  """One device, which compiles faster, and no measuring of its speed."""
+  make_mesh = partitioning.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
+    patch.setattr(
+      partitioning,
+      'make_mesh',
+      lambda config, devices: make_mesh(config, devices[:1]),
+    )
+    yield
 
 
 @pytest.fixture(scope='module')

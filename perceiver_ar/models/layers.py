@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from perceiver_ar.config import ModelConfig
+from perceiver_ar.errors import UserError
 from perceiver_ar.models import positions
 from perceiver_ar.models.cache import KeyValue
 from perceiver_ar.ops import attention
@@ -21,6 +22,7 @@ from perceiver_ar.ops.masks import Mask
 
 Circle = tuple[jax.Array, jax.Array] | None
 """Sines and cosines of the rotary angles; None without rotary positions."""
+
 
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Pins the sharding of `x` by its logical axes, each of which has a rule."""
@@ -86,7 +88,12 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 def activation(name: str) -> Any:
   if name == 'sq_relu':  # So et al. 2021
     return lambda x: jnp.square(jax.nn.relu(x))
-  return getattr(jax.nn, name)
+  if not callable(function := getattr(jax.nn, name, None)):
+    raise UserError(
+      f'model.activation {name!r} is no function of jax.nn; use sq_relu, relu, '
+      'gelu, silu, ...'
+    )
+  return function
 
 
 def latents(z_BND: jax.Array) -> jax.Array:

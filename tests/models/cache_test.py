@@ -70,7 +70,15 @@ def _call(model, tokens, positions, at, num_latents):
   return np.asarray(logits)[:, -1]
 
 
-@pytest.mark.parametrize('name', _CACHED)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('rotary_from_end', 'sinusoidal')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in _CACHED
+  ],
+)
 def test_every_step_equals_a_call_with_as_many_latents(name):
   model = make_model(**POSITIONS[name], attention='reference')
   batch = make_batch(model, [24, 24])
@@ -87,6 +95,7 @@ def test_every_step_equals_a_call_with_as_many_latents(name):
   assert num_refills > 3 and num_wrapped > 1
 
 
+@pytest.mark.slow
 def test_chunked_attention_decodes_the_same():
   batch = make_batch(make_model(), [24, 24])
   tokens, positions = batch['tokens'][:, :14], batch['positions'][:, :14]
@@ -98,13 +107,12 @@ def test_chunked_attention_decodes_the_same():
 
 
 def test_what_stands_in_rows_not_yet_written_is_never_seen():
-  model = make_model(attention='reference')
-  batch = make_batch(model, [24])
-  tokens, positions = batch['tokens'][:, :5], batch['positions'][:, :5]
-  empty = cache_lib.empty(model, 1, _M, _N)
-  full = jax.tree.map(
-    lambda x: x + 1e3 if x.ndim else x, empty
-  )
+  # The compiled functions of the test above.
+  model = make_model(**POSITIONS['sinusoidal'], attention='reference')
+  batch = make_batch(model, [24, 24])
+  tokens, positions = batch['tokens'][:, :_T], batch['positions'][:, :_T]
+  empty = cache_lib.empty(model, 2, _M, _N)
+  full = jax.tree.map(lambda x: x + 1e3 if x.ndim else x, empty)
   results = []
   for cache in (empty, full):
     params = make_params(model)

@@ -1,6 +1,7 @@
 """Every implementation of attention computes what `reference` does."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,16 +139,16 @@ def _temporaries(M, backward):
 
   def forward(q, k, v, start):
     mask = Mask(offset=M - 1024, start_B=start)
-    return attention.attend(
-      q, k, v, mask, implementation='chunked', block=1024
-    )
+    return attention.attend(q, k, v, mask, implementation='chunked', block=1024)
 
   def gradients(q, k, v, start):
-    return jax.grad(lambda *qkv: forward(*qkv, start).sum(), (0, 1, 2))(q, k, v)
+    loss = lambda q, k, v: forward(q, k, v, start).sum()
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
 
   start = jax.ShapeDtypeStruct((1,), jnp.int32)
   lowered = jax.jit(gradients if backward else forward).lower(q, kv, kv, start)
-  return lowered.compile().memory_analysis().temp_size_in_bytes
+  memory: Any = lowered.compile().memory_analysis()
+  return memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize('backward', [False, True])

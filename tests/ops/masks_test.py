@@ -55,7 +55,9 @@ def test_the_drawing_in_the_module_is_true():
   mask = Mask(offset=3, start_B=jnp.array([1, 0]))
   seen = visible(mask, 3, 0, 6)
   assert seen is not None
-  rows = [''.join('.#'[int(x)] for x in row) for row in seen[:, 0].reshape(6, 6)]
+  rows = [
+    ''.join('.#'[int(x)] for x in row) for row in seen[:, 0].reshape(6, 6)
+  ]
   assert rows == ['.###..', '.####.', '.#####', '####..', '#####.', '######']
 
 
