@@ -24,21 +24,28 @@ def get_config(arg: str = 'small') -> ConfigDict:
 
 def _demo() -> ConfigDict:
   c = default.get_config()
-  c.model.context_length = 384
-  c.model.num_latents = 256
+  c.model.context_length = 256
+  c.model.num_latents = 128
   c.model.num_layers = 3
   c.model.width = 96
   c.model.num_cross_heads = c.model.num_self_heads = 3
-  c.model.scan_unroll = 3
+  c.model.dropout_rate = 0.0  # not one epoch: nothing is seen twice
   c.model.attention_block = 128
-  c.model.dropout_rate = 0.0
-  c.train.num_steps = 1000
-  c.train.batch_size = 8
+  c.model.scan_unroll = 3
+  # Many small steps beat few large ones in so little time.
+  c.train.num_steps = 3500
+  c.train.batch_size = 4
   c.optimizer.learning_rate = 3e-3
   c.optimizer.schedule = 'cosine'
-  c.optimizer.warmup_steps = 50
-  c.checkpoint.save_every = 250
+  c.optimizer.warmup_steps = 100
+  c.optimizer.b2 = 0.98
+  c.checkpoint.save_every = 500
+  c.evaluate.every = 500
+  c.evaluate.max_examples = 1
+  c.evaluate.batch_size = 32
+  c.evaluate.stride = 64
   c.sample.length = 1000
+  c.sample.temperature = 0.8
   return c
 
 
@@ -49,11 +56,13 @@ def _small() -> ConfigDict:
   c.model.num_layers = 5
   c.model.width = 192
   c.model.num_cross_heads = c.model.num_self_heads = 6
+  c.model.attention_block = 512
   c.model.scan_unroll = 1
   c.train.num_steps = 6000
   c.optimizer.learning_rate = 2e-3
   c.optimizer.warmup_steps = 200
-  c.checkpoint.save_every = 200
   c.evaluate.every = 1000
+  c.evaluate.batch_size = 4
+  c.evaluate.stride = 512
   c.evaluate.max_examples = 4
   return c

@@ -92,7 +92,7 @@ def get_config(arg: str = '') -> ConfigDict:
   e.stride = m.get_oneway_ref('num_latents')  # tokens scored per block
   e.num_latents = m.get_oneway_ref('num_latents')  # at test time
   e.context_length = m.get_oneway_ref('context_length')  # at test time
-  e.max_examples = 0  # documents; 0: all
+  e.max_examples = 0  # documents scored during training; 0: all
 
   c.sample = p = ConfigDict()
   p.num_samples = 4

@@ -95,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     '--stride', type=int, help='tokens scored per block; 1 is exact and slow'
   )
   evaluate.add_argument(
-    '--max_examples', type=int, help='documents, evenly spread; 0: all'
+    '--max_examples',
+    type=int,
+    default=0,
+    help='documents, evenly spread; default: all',
   )
   sample = command(
     'sample', _sample, 'Write samples to WORKDIR/samples, replacing the last.'

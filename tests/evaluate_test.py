@@ -103,9 +103,7 @@ def test_blocks_are_the_published_ones():
 
 
 # The model was made for M = 24 and N = 8.
-@pytest.mark.parametrize(
-  ('M', 'N', 'S'), [(6, 4, 3), (5, 2, 1), (30, 12, 5)]
-)
+@pytest.mark.parametrize(('M', 'N', 'S'), [(6, 4, 3), (5, 2, 1), (30, 12, 5)])
 def test_nats_are_those_of_the_definition(M, N, S):
   documents = Documents([2, 14])
   report = run(documents, context_length=M, num_latents=N, stride=S)
@@ -165,7 +163,7 @@ def test_chosen_documents_are_spread_over_the_split():
       assert len(chosen) == min(num, limit)
       assert sorted(set(chosen)) == chosen
       assert set(np.diff(chosen)) <= {num // limit, num // limit + 1, 1}
-      assert 0 <= chosen[0] and chosen[-1] < num
+      assert chosen[0] >= 0 and chosen[-1] < num
     assert evaluate.chosen_documents(num, 0) == list(range(num))
 
 

@@ -1,6 +1,7 @@
 """Costs from the config are those that XLA counts in the program."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +42,15 @@ def counted(model, of_gradient):
   )
 
   def forward(params, tokens_BM, positions_BMP):
-    logits_BNV = module.apply(
+    logits_BNV: Any = module.apply(
       {'params': params}, tokens_BM, positions_BMP, num_latents=N
     )
     return jnp.square(logits_BNV).sum() if of_gradient else logits_BNV
 
   function = jax.grad(forward) if of_gradient else forward
   compiled = jax.jit(function).lower(params, tokens_BM, positions_BMP).compile()
-  return compiled.cost_analysis()['flops']
+  analysis: Any = compiled.cost_analysis()
+  return analysis['flops']
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,32 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 COMMANDS = {
   'train': ('--config', '--workdir', '--debug'),
-  'evaluate': (
-    '--split --num_latents --context_length --stride --max_examples --step '
-    '--output --workdir --config'
-  ).split(),
-  'sample': (
-    '--num_samples --length --prompt --temperature --top_p --top_k --seed '
-    '--num_latents --refill_latents --step --output --workdir --config'
-  ).split(),
+  'evaluate': [
+    '--split',
+    '--num_latents',
+    '--context_length',
+    '--stride',
+    '--max_examples',
+    '--step',
+    '--output',
+    '--workdir',
+    '--config',
+  ],
+  'sample': [
+    '--num_samples',
+    '--length',
+    '--prompt',
+    '--temperature',
+    '--top_p',
+    '--top_k',
+    '--seed',
+    '--num_latents',
+    '--refill_latents',
+    '--step',
+    '--output',
+    '--workdir',
+    '--config',
+  ],
   'checkpoint': ('list', 'verify', '--output', '--workdir', '--debug'),
 }
 
@@ -248,7 +266,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(copied, capsys):
 
 
 def test_debug_shows_where_a_mistake_came_from(tmp_path):
-  with pytest.raises(main.UserError, match='config.json does not exist'):
+  with pytest.raises(main.UserError, match=r'config\.json does not exist'):
     main.main(['sample', f'--workdir={tmp_path}', '--debug'])
 
 

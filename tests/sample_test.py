@@ -182,13 +182,14 @@ def test_samples_that_run_off_the_positions_are_refused():
   )
   _, sampler = make_sampler(changes)
   assert draw(sampler, make_prompt(20), 20).shape == (2, 20)
-  with pytest.raises(UserError, match='41 tokens.*reach 40.*up to 39'):
+  with pytest.raises(UserError, match=r'41 tokens.*reach 40.*up to 39'):
     draw(sampler, make_prompt(20), 21)
 
 
 def test_what_a_sampler_holds_does_not_grow():
   _, sampler = make_sampler()
-  before = sampler._segment._cache_size()
+  segment: Any = sampler._segment
+  before = segment._cache_size()
   held, drawn = [], 0
   for new_BT in sampler.run(make_prompt(1).astype(np.int32), 5000):
     drawn += new_BT.shape[1]
@@ -197,7 +198,7 @@ def test_what_a_sampler_holds_does_not_grow():
   assert drawn == 5000
   assert max(held[-10:]) <= max(held[:10])
   # At most one program more, for the first refill from SOS alone.
-  assert sampler._segment._cache_size() <= max(before, 1) + 1
+  assert segment._cache_size() <= max(before, 1) + 1
 
 
 @pytest.mark.slow
@@ -217,7 +218,7 @@ def make_how(**how):
   return make_config(flat).sample
 
 
-def frequencies(logits_V, num=4000, **how):
+def frequencies(logits_V, num=4000, **how: Any):
   keys_B = jax.random.split(jax.random.key(0), num)
   logits_BV = jnp.broadcast_to(logits_V, (num, len(logits_V)))
   tokens_B = sample.choose_tokens(logits_BV, keys_B, make_how(**how))
@@ -265,6 +266,7 @@ def test_the_likeliest_alone_is_drawn(how):
 
 def test_what_is_forbidden_is_never_drawn():
   logits_V = jnp.array([-jnp.inf, 0.0, -jnp.inf, -3.0])
+  how: dict[str, Any]
   for how in ({}, {'top_k': 3}, {'top_p': 0.999}, {'temperature': 1e-3}):
     found_V = frequencies(logits_V, **how)
     assert not found_V[0] and not found_V[2]

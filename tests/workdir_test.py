@@ -32,9 +32,7 @@ def subwords(tmp_path_factory):
 
 @pytest.mark.parametrize('kind', ['bytes', 'sentencepiece', 'ids'])
 @pytest.mark.parametrize('layout', [layouts.INDEX, TABLE])
-def test_what_a_run_was_begun_on_is_read_back(
-  tmp_path, subwords, kind, layout
-):
+def test_what_a_run_was_begun_on_is_read_back(tmp_path, subwords, kind, layout):
   codec = {
     'bytes': text.ByteCodec(),
     'sentencepiece': subwords,
@@ -71,7 +69,11 @@ def test_a_run_may_begin_again_and_change_what_it_does_not_compute(tmp_path):
   ('config', 'fingerprint', 'named'),
   [
     (make_config({}), 'ab' * 32, "data.kind: 'copy' -> 'text'"),
-    (copy_config(), 'cd' * 32, 'abababababab, and data.path holds cdcdcdcdcdcd'),
+    (
+      copy_config(),
+      'cd' * 32,
+      'abababababab, and data.path holds cdcdcdcdcdcd',
+    ),
   ],
 )
 def test_another_run_is_refused_and_nothing_is_written(
@@ -91,7 +93,7 @@ def test_another_vocabulary_is_refused(tmp_path, subwords):
   workdir.begin(tmp_path, copy_config(), data)
   elsewhere = DataSet(text.ByteCodec(), layouts.INDEX, 'cd' * 32)
   workdir.check_vocabulary(tmp_path, elsewhere)  # other data, the same ids
-  with pytest.raises(UserError, match='bytes 259 .* sentencepiece 272'):
+  with pytest.raises(UserError, match=r'bytes 259 .* sentencepiece 272'):
     workdir.check_vocabulary(tmp_path, DataSet(subwords, layouts.INDEX))
 
 

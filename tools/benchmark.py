@@ -10,13 +10,15 @@ Letters: B batch, N queries or latents, M keys or inputs, H heads, K head size.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import runpy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ from perceiver_ar.data import layouts
 from perceiver_ar.ops import attention
 from perceiver_ar.ops.masks import Mask
 
-_CONFIGS = Path(__file__).parents[1] / 'configs'
+Case: TypeAlias = tuple[Callable[[], Any], dict[str, Any]]
+
+_DEFAULT = Path(__file__).parents[1] / 'configs' / 'default.py'
 _MATMUL = 2048
 # M, N, L, D, H, as in the table of the published model's timings.
 _STEPS = (
@@ -39,39 +43,31 @@ _STEPS = (
 )
 # N, M, H, K: a cross-attend over a long context, and a self-attend.
 _ATTENTION = ((256, 32768, 8, 32), (1024, 1024, 8, 64))
-_NUM_SAMPLED = 256
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description='Times what training is made of.'
+  )
   parser.add_argument('--quick', action='store_true', help='small sizes only')
   parser.add_argument('--rounds', type=int, default=7, help='of all timings')
   parser.add_argument('--output', type=Path, help='write the JSON here')
   args = parser.parse_args()
-  device = jax.devices()[0]
-  print(f'{jax.device_count()} x {device.device_kind}, float32, one device')
-  rows = []
-  for size in _ATTENTION[1:] if args.quick else _ATTENTION:
-    rows += show(compare(*attention_cases(*size), rounds=args.rounds))
-  for size in _STEPS[:1] if args.quick else _STEPS:
-    case, about = step_case(*size)
-    name = f'train step M={size[0]} N={size[1]} L={size[2]} D={size[3]}'
-    rows += show(compare({name: case}, {name: about}, rounds=args.rounds))
-  rows += show(compare(*sampling_cases(), rounds=min(args.rounds, 3)))
+  groups = [
+    *(attention_cases(*size) for size in _ATTENTION[args.quick :]),
+    *(step_case(*size) for size in _STEPS[: 1 if args.quick else None]),
+    sampling_cases(),
+  ]
+  rows = [row for group in groups for row in compare(group, args.rounds)]
   if args.output:
     args.output.write_text(json.dumps(rows, indent=2) + '\n')
 
 
-def compare(
-  cases: Mapping[str, Callable[[], Any]],
-  about: Mapping[str, dict[str, Any]],
-  *,
-  rounds: int,
-) -> list[dict[str, Any]]:
-  """Times the cases in turn; medians, spreads, shares of the matmul rate."""
-  x = jnp.ones((_MATMUL, _MATMUL))
-  product = jax.jit(lambda a: a @ a)
-  functions = {'matmul': lambda: product(x), **cases}
+def compare(cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
+  """Times cases in turn; medians, extremes, shares of the matmul rate."""
+  product = functools.partial(jax.jit(jnp.dot), *[jnp.ones((_MATMUL,) * 2)] * 2)
+  functions: dict[str, Any] = {'matmul': product}
+  functions |= {name: function for name, (function, _) in cases.items()}
   seconds: dict[str, list[float]] = {name: [] for name in functions}
   for round_ in range(rounds + 1):
     for name, function in functions.items():
@@ -79,77 +75,72 @@ def compare(
       jax.block_until_ready(function())
       if round_:  # the first one warms up
         seconds[name].append(time.perf_counter() - start)
-  rates = [2 * _MATMUL**3 / s for s in seconds.pop('matmul')]
+  rates = [2 * _MATMUL**3 / s for s in seconds['matmul']]
   rows = []
-  for name, times in seconds.items():
+  for name, (_, about) in cases.items():
+    times = seconds[name]
     row = {'name': name, 'seconds': statistics.median(times)}
-    row |= {'fastest': min(times), 'slowest': max(times)} | about[name]
-    if work := row.get('flops'):
+    row |= {'fastest': min(times), 'slowest': max(times)} | about
+    if work := about.get('flops'):
       shares = [work / s / r for s, r in zip(times, rates, strict=True)]
       row['matmul_share'] = statistics.median(shares)
-    if tokens := row.get('tokens'):
+      row['matmul_gflops'] = statistics.median(rates) / 1e9
+    if tokens := about.get('tokens'):
       row['tokens_per_second'] = tokens / row['seconds']
-    rows.append(row | {'gflops_matmul': statistics.median(rates) / 1e9})
+    show(row)
+    rows.append(row)
   return rows
 
 
-def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  for row in rows:
-    parts = [f'{row["name"]:<46} {row["seconds"] * 1e3:9.1f} ms']
-    parts += [f'{row["fastest"] * 1e3:.1f}-{row["slowest"] * 1e3:.1f}']
-    if 'matmul_share' in row:
-      parts += [f'{row["matmul_share"]:.0%} of {row["gflops_matmul"]:.0f} GF/s']
-    if 'temporaries_mib' in row:
-      parts += [f'{row["temporaries_mib"]:,.0f} MiB']
-    if 'compile_seconds' in row:
-      parts += [f'compiled in {row["compile_seconds"]:.1f} s']
-    if 'tokens_per_second' in row:
-      parts += [f'{row["tokens_per_second"]:,.0f} tokens/s']
-    print('  '.join(parts), flush=True)
-  return rows
+def show(row: dict[str, Any]) -> None:
+  formats = {
+    'seconds': '{:8.4f} s',
+    'fastest': '({:.4f}',
+    'slowest': 'to {:.4f})',
+    'matmul_share': '{:.0%} of the matmul rate,',
+    'matmul_gflops': '{:.0f} GFLOP/s;',
+    'temporaries_mib': '{:,.0f} MiB,',
+    'compile_seconds': 'compiled in {:.1f} s',
+    'tokens_per_second': '{:,.1f} tokens/s',
+  }
+  parts = [f.format(row[key]) for key, f in formats.items() if key in row]
+  print(f'{row["name"]:<42}', *parts, flush=True)
 
 
-def compiled(function: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+def compiled(jitted: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
   """A program for these arguments, its memory and how long it took to make."""
   start = time.perf_counter()
-  program = jax.jit(function).lower(*args).compile()
-  memory = program.memory_analysis()
+  program = jitted.lower(*args).compile()
   return program, {
     'compile_seconds': time.perf_counter() - start,
-    'temporaries_mib': memory.temp_size_in_bytes / 2**20,
+    'temporaries_mib': program.memory_analysis().temp_size_in_bytes / 2**20,
   }
 
 
-def attention_cases(N: int, M: int, H: int, K: int) -> tuple[Any, Any]:
+def attention_cases(N: int, M: int, H: int, K: int) -> dict[str, Case]:
   """Chunked against reference, forward and forward + backward."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  shapes = ((1, N, H, K), (1, M, H, K), (1, M, H, K))
-  qkv = [
-    jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)
-  ]
+  normal = lambda i, T: jax.random.normal(jax.random.key(i), (1, T, H, K))
+  qkv = [normal(i, T) for i, T in enumerate((N, M, M))]
   mask = Mask(offset=M - N, start_B=jnp.zeros((1,), jnp.int32))
-  cases, about = {}, {}
-  for implementation in ('chunked', 'reference'):
-
-    def forward(q: Any, k: Any, v: Any, how: str = implementation) -> Any:
-      return attention.attend(q, k, v, mask, implementation=how, block=512)
-
-    def both(q: Any, k: Any, v: Any, run: Any = forward) -> Any:
-      return jax.grad(lambda *x: jnp.square(run(*x)).sum(), (0, 1, 2))(q, k, v)
-
-    for kind, function, factor in (
-      ('forward', forward, 1),
-      ('forward+backward', both, 3),
-    ):
+  cases = {}
+  for kind in ('forward', 'both ways'):
+    for implementation in ('chunked', 'reference'):
+      attend = functools.partial(
+        attention.attend, mask=mask, implementation=implementation, block=512
+      )
+      function, factor = attend, 1
+      if kind == 'both ways':
+        loss = lambda *x, attend=attend: jnp.square(attend(*x)).sum()
+        function, factor = jax.grad(loss, (0, 1, 2)), 3
+      program, about = compiled(jax.jit(function), *qkv)
+      about['flops'] = factor * 4 * N * M * H * K
       name = f'{implementation} {kind} N={N} M={M} H={H} K={K}'
-      program, about[name] = compiled(function, *qkv)
-      about[name]['flops'] = factor * 4 * N * M * H * K
-      cases[name] = lambda program=program: program(*qkv)
-  return cases, about
+      cases[name] = functools.partial(program, *qkv), about
+  return cases
 
 
 def make_config(M: int, N: int, L: int, D: int, H: int) -> Config:
-  raw = runpy.run_path(str(_CONFIGS / 'default.py'))['get_config']()
+  raw = runpy.run_path(str(_DEFAULT))['get_config']()
   raw.model.context_length, raw.model.num_latents = M, N
   raw.model.num_layers, raw.model.width = L, D
   raw.model.num_cross_heads = raw.model.num_self_heads = H
@@ -158,59 +149,51 @@ def make_config(M: int, N: int, L: int, D: int, H: int) -> Config:
   return config_lib.resolve(raw)
 
 
-def step_case(*size: int) -> tuple[Callable[[], Any], dict[str, Any]]:
+def step_case(M: int, N: int, L: int, D: int, H: int) -> dict[str, Case]:
   """The whole train step, optimizer included, batch 1."""
-  config, M = make_config(*size), size[0]
+  config = make_config(M, N, L, D, H)
   mesh = partitioning.make_mesh(config.mesh, jax.devices()[:1])
-  state = train_step.init_state(config, mesh)
-  batch = partitioning.global_batch(
-    {
-      'tokens': np.random.default_rng(0).integers(3, 259, (1, M + 1), np.int32),
-      'positions': np.arange(1, M + 1, dtype=np.int32)[None, :, None],
-    },
-    mesh,
+  tokens = np.random.default_rng(0).integers(3, 259, (1, M + 1), np.int32)
+  positions = np.arange(1, M + 1, dtype=np.int32)[None, :, None]
+  batch = {'tokens': tokens, 'positions': positions}
+  batch = partitioning.global_batch(batch, mesh)
+  states = [train_step.init_state(config, mesh)]
+  program, about = compiled(
+    train_step.make_train_step(config, mesh), states[0], batch
   )
-  start = time.perf_counter()
-  program = train_step.make_train_step(config, mesh).lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
-  program = program.compile()
-  about = {
-    'compile_seconds': time.perf_counter() - start,
-    'temporaries_mib': program.memory_analysis().temp_size_in_bytes / 2**20,
-    'flops': flops.train_flops(config.model),
-  }
-  states = [state]
+  about['flops'] = flops.train_flops(config.model)
 
   def step() -> Any:
     states[0], sums = program(states[0], batch)
-    return states[0], sums
+    return sums
 
-  return step, about
+  return {f'train step M={M} N={N} L={L} D={D}': (step, about)}
 
 
-def sampling_cases() -> tuple[Any, Any]:
-  """The cache against a full forward pass for every token, 2,048 of context."""
+def sampling_cases() -> dict[str, Case]:
+  """The cache against a full forward pass for every token, M of context.
+
+  The latter for absolute positions from the end, which move with every token.
+  """
   config = make_config(*_STEPS[0])
   mesh = partitioning.make_mesh(config.mesh, jax.devices()[:1])
   params = train_step.init_state(config, mesh).params
   prompt = np.random.default_rng(0).integers(3, 259, 2048, np.int32)
-  cases, about = {}, {}
-  for name, source, num in (
-    ('sampling, cached', 'data', _NUM_SAMPLED),
-    # Positions from the end move with every token, so nothing can be kept.
-    ('sampling, full recomputation', 'uncached', 64),
+  moving = dataclasses.replace(
+    config.model, position_encoding='sinusoidal', position_source='from_end'
+  )
+  cases = {}
+  for name, model, num in (
+    ('sampling, cached', config.model, 256),
+    ('sampling, full recomputation', moving, 64),
   ):
+    run = dataclasses.replace(config, model=model)
     sampler = sample.Sampler(
-      config, params, mesh, layout=layouts.INDEX, forbidden=(0, 2)
+      run, params, mesh, layout=layouts.INDEX, forbidden=(0, 2)
     )
-    about[name] = {'tokens': num}
-    draw = sampler.run if source == 'data' else sampler._run_uncached
-
-    def run(draw: Any = draw, num: int = num, sampler: Any = sampler) -> Any:
-      sampler._check_length(len(prompt) + num)
-      return [jnp.asarray(new) for new in draw(prompt, num)]
-
-    cases[name] = run
-  return cases, about
+    draw = functools.partial(sampler.run, prompt, num)
+    cases[name] = lambda draw=draw: list(draw()), {'tokens': num}
+  return cases
 
 
 if __name__ == '__main__':

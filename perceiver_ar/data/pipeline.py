@@ -8,7 +8,7 @@ any number of hosts.
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import grain
@@ -98,7 +98,7 @@ def train_batches(
   first_step: int,
   process_index: int,
   process_count: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
   """Yields this host's rows of the batches first_step..num_steps-1.
 
   Each is {'tokens': int32 [b, M+1], padded with 0 on the left, 'positions':
@@ -132,7 +132,7 @@ def train_batches(
   return _closing(iter(batches))
 
 
-def _closing(batches: Any) -> Iterator[dict[str, np.ndarray]]:
+def _closing(batches: Any) -> Generator[dict[str, np.ndarray]]:
   # Grain's threads outlive an iterator that nobody closes.
   try:
     yield from batches

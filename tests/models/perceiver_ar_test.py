@@ -105,6 +105,19 @@ def test_more_padding_and_what_stands_in_it_change_nothing(name):
     )
 
 
+@pytest.mark.parametrize(
+  ('source', 'positions'),
+  [('from_end', np.arange(_M, 0, -1)), ('from_end_negated', np.arange(_M) + 7)],
+)
+def test_positions_from_the_end_are_these_positions_of_data(source, positions):
+  """Zero at the last input and up going back, or down if negated."""
+  batch = make_batch(make_model(), [_M, 11])
+  batch['positions'][:] = positions[None, :, None]
+  want = _score(make_model(attention='reference'), batch)
+  got = _score(make_model(attention='reference', position_source=source), batch)
+  np.testing.assert_allclose(got[:, -5:], want[:, -5:], rtol=1e-4, atol=1e-5)
+
+
 def test_a_lone_latent_is_the_last_input():
   model = make_model(attention='reference')
   batch = make_batch(model, [_M, 9, 1])
