@@ -414,6 +414,11 @@ def _check_training(config: Config) -> None:
     f'train.batch_size {train.batch_size} is not divisible by '
     f'train.num_microbatches {train.num_microbatches}',
   )
+  _require(
+    not optimizer.weight_decay or optimizer.name not in ('adam', 'sgd'),
+    f'optimizer.weight_decay {optimizer.weight_decay} means nothing to '
+    f'{optimizer.name}; use adamw, lamb or adafactor, or set it to 0',
+  )
   if optimizer.schedule == 'cosine':
     _require(
       optimizer.warmup_steps <= optimizer.decay_start < optimizer.decay_end,

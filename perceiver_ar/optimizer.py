@@ -27,7 +27,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
       return config.final_fraction + (1 - config.final_fraction) * cosine
     if config.schedule == 'steps':
       drops = [step >= at * config.decay_end for at in (0.5, 0.8, 0.95)]
-      return 0.1 ** sum(drop.astype(jnp.float32) for drop in drops)
+      return 0.1 ** jnp.stack(drops).sum(0, dtype=jnp.float32)
     assert config.schedule == 'rsqrt', config.schedule
     since = jnp.maximum(step - warmup, 0.0)
     return jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + since))

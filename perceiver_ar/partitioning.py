@@ -79,7 +79,7 @@ def activations(mesh: Mesh, name: str) -> Iterator[None]:
     yield
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
   """The devices as slice x data x context x model; -1 takes what is left.
 
   Raises:
@@ -179,7 +179,7 @@ def _check_sharded(
   if wanted and not used & wanted and math.prod(shape) >= _LARGE:
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '
-      'device; give one of its axes a rule'
+      'device; use mesh.rules=fsdp_tensor, or a mesh that its rules shard over'
     )
 
 

@@ -32,6 +32,8 @@ Sums: TypeAlias = dict[str, jax.Array]
 class TrainState:
   """All that a run needs to go on; randomness and data follow from `step`.
 
+  Leaves are arrays, or their shapes and shardings in `abstract_state`.
+
   Attributes:
     step: batches seen, skipped ones too.
     params: float32.
@@ -40,11 +42,11 @@ class TrainState:
     num_skipped_in_a_row: the same, since the last finite one.
   """
 
-  step: jax.Array
+  step: Any
   params: Params
   opt_state: Any
-  num_skipped: jax.Array
-  num_skipped_in_a_row: jax.Array
+  num_skipped: Any
+  num_skipped_in_a_row: Any
 
 
 def _initial_params(config: ModelConfig, key: jax.Array) -> Params:

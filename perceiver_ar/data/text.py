@@ -9,10 +9,10 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from etils import epath
 
 from perceiver_ar.errors import UserError
 
@@ -80,7 +80,7 @@ class SentencePieceCodec:
   forbidden: tuple[int, ...] = (PAD, SOS, _UNKNOWN)
   separator = ''
 
-  def __init__(self, model_path: Path):
+  def __init__(self, model_path: epath.PathLike):
     self.model = _read(model_path)
     self.sha256 = hashlib.sha256(self.model).hexdigest()
     self._load()
@@ -148,13 +148,13 @@ class IdsCodec:
     return ' '.join(str(int(i)) for i in ids if i >= NUM_RESERVED)
 
 
-def open_codec(vocabulary: Vocabulary, folder: Path) -> Codec:
+def open_codec(vocabulary: Vocabulary, folder: epath.PathLike) -> Codec:
   """The codec that the data set in this folder was prepared with."""
   codec: Codec
   if vocabulary.kind == 'bytes':
     codec = ByteCodec()
   elif vocabulary.kind == 'sentencepiece':
-    codec = SentencePieceCodec(folder / vocabulary.file)
+    codec = SentencePieceCodec(epath.Path(folder) / vocabulary.file)
   elif vocabulary.kind == 'ids':
     codec = IdsCodec(vocabulary.size)
   else:
@@ -171,20 +171,21 @@ def open_codec(vocabulary: Vocabulary, folder: Path) -> Codec:
   return codec
 
 
-def save_codec(codec: Codec, folder: Path) -> Vocabulary:
+def save_codec(codec: Codec, folder: epath.PathLike) -> Vocabulary:
   """Writes what `open_codec` needs to open it again."""
   file = ''
   if isinstance(codec, SentencePieceCodec):
     file = MODEL_FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_bytes(codec.model)
+    target = epath.Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / file).write_bytes(codec.model)
   return Vocabulary(
     kind=codec.kind, size=codec.vocab_size, sha256=codec.sha256, file=file
   )
 
 
 def train_sentencepiece(
-  texts: Iterable[str], vocab_size: int, path: Path
+  texts: Iterable[str], vocab_size: int, path: epath.PathLike
 ) -> None:
   """Writes a unigram model that encodes any text without loss."""
   spm = _import_sentencepiece()
@@ -212,7 +213,7 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise UserError(_why_not_trained(vocab_size, str(error))) from error
-  path.write_bytes(model.getvalue())
+  epath.Path(path).write_bytes(model.getvalue())
 
 
 def _why_not_trained(vocab_size: int, error: str) -> str:
@@ -252,9 +253,9 @@ def _import_sentencepiece():
   return sentencepiece
 
 
-def _read(path: Path) -> bytes:
+def _read(path: epath.PathLike) -> bytes:
   try:
-    return path.read_bytes()
+    return epath.Path(path).read_bytes()
   except OSError as error:
     raise UserError(
       f'vocabulary file {path} cannot be read ({error.strerror}); prepare the '
@@ -271,8 +272,8 @@ class TextStream:
 
   _LONGEST = 3  # tokens that a cut character can leave behind, as bytes
 
-  def __init__(self, path: Path, codec: Codec):
-    self._file = path.open('w', encoding='utf-8')
+  def __init__(self, path: epath.PathLike, codec: Codec):
+    self._file = epath.Path(path).open('w', encoding='utf-8')
     self._codec = codec
     self._waiting: list[int] = []
     self._is_empty = True

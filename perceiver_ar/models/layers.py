@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import spmd
 
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.errors import UserError
@@ -26,12 +27,12 @@ Circle = tuple[jax.Array, jax.Array] | None
 
 def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Pins the sharding of `x` by its logical axes, each of which has a rule."""
-  return nn.with_logical_constraint(
-    x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR
+  return spmd.with_logical_constraint(
+    x, axes, fallback=spmd.RulesFallback.RAISE_ERROR
   )
 
 
-def gather(weight: jax.Array, axes: tuple[str, ...], dtype: str) -> jax.Array:
+def gather(weight: Any, axes: tuple[str, ...], dtype: str) -> jax.Array:
   """A parameter as compute wants it: cast, and whole along FSDP's axis.
 
   Asking for it here, where the weight is used, keeps the all-gather inside the

@@ -10,6 +10,7 @@ D width, E embedding width, V vocabulary, L layers.
 """
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +74,14 @@ class Logits(nn.Module):
     c, zeros = self.config, nn.initializers.zeros
     box, axes = nn.with_logical_partitioning, ('embed', 'vocab')
     kernel = self.param('kernel', box(zeros, axes), (c.width, c.vocab_size))
-    bias_V = self.param('bias', box(zeros, ('vocab',)), (c.vocab_size,))
+    bias = self.param('bias', box(zeros, ('vocab',)), (c.vocab_size,))
     logits_BNV = jnp.einsum(
       '...d,dv->...v',
       z_BND,
       layers.gather(kernel, axes, c.dtype),
       preferred_element_type=jnp.float32,
     )
+    bias_V = layers.gather(bias, ('vocab',), 'float32')
     return logits_BNV + jnp.expand_dims(bias_V, range(z_BND.ndim - 1))
 
 
@@ -106,7 +108,7 @@ class PerceiverAR(nn.Module):
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      in_axes=cast(Any, (nn.broadcast, nn.broadcast, nn.broadcast, 0)),
       length=c.num_layers,
       unroll=c.scan_unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
