@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> ConfigDict:
   m.num_self_heads = 8  # must divide width
   m.cross_mlp_width = 4 * m.get_oneway_ref('width')  # {4 * width}
   m.mlp_width = 4 * m.get_oneway_ref('width')  # {4 * width}
-  m.activation = 'sq_relu'  # relu(x)**2, or any name in jax.nn
+  m.activation = 'sq_relu'  # relu(x)**2, or relu, gelu, silu, ...
   m.position_encoding = 'rotary'  # rotary, sinusoidal, learned
   m.position_source = 'data'  # data, from_end, from_end_negated
   m.position_sizes = (0,)  # ids per position axis; 0: no limit (not learned)
@@ -33,7 +33,7 @@ def get_config(arg: str = '') -> ConfigDict:
   m.input_dropout_rate = 0.0  # inputs hidden from the cross-attend, by a mask
   m.num_kept_inputs = 0  # or: so many kept, the rest never computed; 0: all
   m.dtype = 'float32'  # of compute: float32, bfloat16; parameters: float32
-  m.remat = 'none'  # recomputed backward: none, dots (all but), full
+  m.remat = 'none'  # recomputed backward: none; dots: no matmuls; full: all
   m.scan_unroll = 1  # layers per step of the scan over layers
   m.attention = 'chunked'  # chunked: linear memory; reference: plain
   m.attention_block = 512  # keys per block of chunked attention
@@ -56,7 +56,7 @@ def get_config(arg: str = '') -> ConfigDict:
   t.z_loss = 1e-4  # times log(Z)**2, keeps logits near normalised
   t.label_smoothing = 0.0
   t.max_nonfinite_steps = 10  # skipped in a row before the run stops
-  t.log_every = 10  # steps between lines on the screen
+  t.log_every = 10  # steps that the loss on the screen is the mean of
 
   c.optimizer = o = ConfigDict()
   o.name = 'adam'  # adam, adamw, adafactor, sgd, lamb

@@ -40,7 +40,8 @@ class Checkpoints:
   """The checkpoints that a training run writes and resumes from."""
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
-    self._workdir = epath.Path(workdir)
+    self._workdir = epath.Path(workdir).resolve()  # Orbax takes no other
+    saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
     self._losses = {
       step: loss

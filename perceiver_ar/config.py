@@ -247,6 +247,14 @@ def _check(config: Config) -> None:
       f'{key}.num_latents {num_latents} exceeds the context length '
       f'{context_length}; lower it',
     )
+  model, longest = config.model, config.evaluate.context_length
+  _require(
+    model.position_encoding != 'learned'
+    or model.position_source == 'data'
+    or model.position_sizes[0] >= longest,
+    f'evaluate.context_length {longest} exceeds the '
+    f'{model.position_sizes[0]} learned positions of the model; lower it',
+  )
   _require(
     config.evaluate.stride <= config.evaluate.num_latents,
     f'evaluate.stride {config.evaluate.stride} exceeds evaluate.num_latents '
@@ -266,11 +274,24 @@ _CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'model.attention': ('chunked', 'reference'),
+  'model.activation': (
+    'sq_relu',
+    'relu',
+    'gelu',
+    'silu',
+    'tanh',
+    'elu',
+    'leaky_relu',
+    'selu',
+    'softplus',
+    'mish',
+  ),
   'data.kind': ('text', 'copy'),
   'data.visits': ('once', 'by_length'),
   'optimizer.name': ('adam', 'adamw', 'adafactor', 'sgd', 'lamb'),
   'optimizer.schedule': ('constant', 'cosine', 'steps', 'rsqrt'),
   'optimizer.gradient': ('sum', 'mean'),
+  'mesh.rules': ('replicated', 'fsdp', 'tensor', 'fsdp_tensor'),
 }
 _POSITIVE = {
   'model': (
@@ -318,6 +339,10 @@ def _check_ranges(config: Config) -> None:
       if section == 'mesh' or not isinstance(value, int | float):
         continue
       _require(value >= 0, f'config key {key} is {value}; it must be >= 0')
+      if name == 'seed':
+        _require(
+          value < 2**32, f'config key {key} is {value}; it must be < 2**32'
+        )
       if name in positive:
         _require(value > 0, f'config key {key} is {value}; it must be > 0')
       if name in rates:
@@ -424,8 +449,13 @@ def _check_training(config: Config) -> None:
       optimizer.warmup_steps <= optimizer.decay_start < optimizer.decay_end,
       f'optimizer.decay_start {optimizer.decay_start} must lie between '
       f'optimizer.warmup_steps {optimizer.warmup_steps} and '
-      f'optimizer.decay_end {optimizer.decay_end}',
+      f'optimizer.decay_end {optimizer.decay_end}; lower '
+      'optimizer.warmup_steps, or raise train.num_steps',
     )
+  _require(
+    optimizer.schedule != 'steps' or optimizer.decay_end > 0,
+    'optimizer.decay_end is 0, where schedule steps ends; raise it',
+  )
   _require(
     config.data.min_crop <= config.model.context_length,
     f'data.min_crop {config.data.min_crop} exceeds model.context_length '

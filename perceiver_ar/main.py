@@ -97,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument(
     '--max_examples',
     type=int,
-    default=0,
     help='documents, evenly spread; default: all',
   )
   sample = command(
@@ -157,8 +156,16 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   keys = ['split', 'num_latents', 'context_length', 'stride', 'max_examples']
-  config = _run_config(args, rest, 'evaluate', keys)
+  if args.max_examples is None and not _sets(rest, 'evaluate.max_examples'):
+    args.max_examples = 0  # the config's is for training
   from perceiver_ar import evaluate, workdir
+
+  stride_is_set = args.stride or _sets(rest, 'evaluate.stride')
+  if args.num_latents and not stride_is_set:
+    # A block cannot score more tokens than it has latents.
+    stride = workdir.read_config(args.workdir)['evaluate']['stride']
+    args.stride = min(stride, args.num_latents)
+  config = _run_config(args, rest, 'evaluate', keys)
   from perceiver_ar.data import pipeline
 
   documents = pipeline.open_documents(
@@ -170,7 +177,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   evaluator = evaluate.Evaluator(config, documents, mesh)
   report = {'step': step} | evaluator.run(params, visible=True)
   _write_json(report, Path(args.workdir) / 'evaluation.json', args.output)
-  print(json.dumps(report, indent=2))
+  print(_json(report), end='')
   return 0
 
 
@@ -254,6 +261,10 @@ def _list_or_verify(args: argparse.Namespace) -> int:
     )
   _write_json(rows, args.output)
   return 0 if all(row.get('ok', True) for row in rows) else 1
+
+
+def _sets(rest: list[str], key: str) -> bool:
+  return any(word.startswith(f'--config.{key}=') for word in rest)
 
 
 def _run_config(
@@ -359,10 +370,20 @@ def _read_prompt(path: str) -> str:
     ) from error
 
 
+def _json(content: Any) -> str:
+  try:
+    return json.dumps(content, indent=2, allow_nan=False) + '\n'
+  except ValueError as error:
+    raise UserError(
+      f'the result is not finite ({content}); use an earlier --step, or '
+      'inputs within what the model was trained on'
+    ) from error
+
+
 def _write_json(content: Any, *paths: Path | None) -> None:
   for path in paths:
     if path:
-      path.write_text(json.dumps(content, indent=2) + '\n')
+      path.write_text(_json(content))
 
 
 if __name__ == '__main__':

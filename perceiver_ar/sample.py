@@ -4,12 +4,15 @@ In training a latent never sees more than N - 1 others, so the latents' cache
 is not rolled: when it holds N, the newest `refill_latents` inputs are made
 latents anew and it fills up from there (published appendix E.3). Keys and
 values of the inputs stay valid and are never computed twice; past M the
-oldest make room for the newest.
+oldest make room for the newest. What is drawn is what full forward passes with
+as many latents would give; past M only right after a refill, because older
+latents saw inputs that have left since (as published).
 
 Letters: B samples, M inputs, N latents, R latents after a refill, T tokens,
 P position axes, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -27,7 +30,6 @@ from perceiver_ar.config import Config, SampleConfig
 from perceiver_ar.data import layouts, text
 from perceiver_ar.errors import UserError
 from perceiver_ar.models import cache as cache_lib
-from perceiver_ar.models import positions
 from perceiver_ar.models.cache import Cache
 from perceiver_ar.models.perceiver_ar import PerceiverAR, can_cache
 from perceiver_ar.progress import Progress
@@ -103,7 +105,7 @@ class Sampler:
       prompt_T: at least one token (SOS), any length.
       length: tokens to draw.
     """
-    self._check_length(len(prompt_T) + length)
+    self.check_length(len(prompt_T) + length)
     if can_cache(self._config.model):
       yield from self._run_cached(prompt_T, length)
     else:
@@ -174,20 +176,17 @@ class Sampler:
     B = self._config.sample.num_samples
     return jnp.asarray(np.broadcast_to(ids_TP[None], (B, *ids_TP.shape)))
 
-  def _check_length(self, total: int) -> None:
+  def check_length(self, total: int) -> None:
     """Refuses samples that would run off the model's positions."""
     # The last token drawn is never an input. Segments ask for positions past
     # it, which are not used.
     self._last_index = total - 2
     model = self._config.model
-    limits = model.position_sizes
-    if model.position_encoding != 'learned':
-      limits = tuple(size or positions.MAX_POSITION + 1 for size in limits)
     if model.position_source != 'data':
       return
     largest = layouts.largest(self._layout, total - 1)
-    for size, last in zip(limits, largest, strict=True):
-      if last >= size:
+    for size, last in zip(model.position_sizes, largest, strict=True):
+      if size and last >= size:
         raise UserError(
           f'prompt and samples come to {total} tokens, whose positions reach '
           f'{last}, and the model knows them up to {size - 1}; lower --length '
@@ -334,16 +333,23 @@ def write_samples(
   Returns:
     What `samples.json` says of them; file names are relative to the folder.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob('sample-*.txt'):
-    old.unlink()
   prompt_T = np.concatenate([[text.SOS], codec.encode(prompt)])
+  sampler.check_length(len(prompt_T) + how.length)
+  folder.mkdir(parents=True, exist_ok=True)
+  # From here on the last samples are gone, and so is what is said of them.
+  for old in (*folder.glob('samples.json'), *folder.glob('sample-*.txt')):
+    old.unlink()
   files = [f'sample-{i}.txt' for i in range(how.num_samples)]
-  streams = [text.TextStream(folder / file, codec) for file in files]
   num_B = np.zeros(how.num_samples, int)
   ended_B = np.zeros(how.num_samples, bool)
   start = time.monotonic()
-  with Progress('sample', how.length, 'tokens') as progress:
+  with (
+    contextlib.ExitStack() as stack,
+    Progress('sample', how.length, 'tokens') as progress,
+  ):
+    streams = [text.TextStream(folder / file, codec) for file in files]
+    for stream in streams:
+      stack.callback(stream.close)
     for new_BT in sampler.run(prompt_T.astype(np.int32), how.length):
       for row, stream in enumerate(streams):
         if ended_B[row]:
@@ -357,8 +363,6 @@ def write_samples(
       progress.advance(new_BT.shape[1])
       if ended_B.all():
         break
-  for stream in streams:
-    stream.close()
   seconds = time.monotonic() - start
   return {
     **dataclasses.asdict(how),

@@ -54,8 +54,18 @@ def make_manifest(
       for name, leaf in arrays.items()
     },
     'config_sha256': digest(config_json),
-    'versions': {name: package_metadata.version(name) for name in _PACKAGES},
+    'versions': versions(),
   }
+
+
+def versions() -> dict[str, str]:
+  try:
+    return {name: package_metadata.version(name) for name in _PACKAGES}
+  except package_metadata.PackageNotFoundError as error:
+    raise UserError(
+      f'package {error.name} is not installed, and checkpoints name its '
+      'version; install this project with pip install -e .'
+    ) from error
 
 
 def digest(value: Any) -> str:

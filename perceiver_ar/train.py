@@ -17,9 +17,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar import flops, metrics, partitioning, workdir
+from perceiver_ar import checkpoint, flops, metrics, partitioning, workdir
 from perceiver_ar import train_step as train_step_lib
-from perceiver_ar.checkpoint import Checkpoints
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
@@ -74,16 +73,18 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   pipeline.check_compatible(config.model, documents)
   evaluator = _evaluator(config, mesh)
   abstract = train_step_lib.abstract_state(config, mesh)
-  workdir.begin(folder, config, documents)
-  with Checkpoints(folder, config.checkpoint) as checkpoints:
+  workdir.check(folder, config, documents)
+  with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
     restored = checkpoints.restore_newest(abstract)
-    first_step, state = restored or (
-      0,
-      train_step_lib.init_state(config, mesh),
-    )
+    first_step = restored[0] if restored else 0
+    if restored:
+      saved = checkpoint.load_config(folder, first_step)
+      workdir.check_config(folder, saved, config)
     _announce(config, mesh, abstract, documents, first_step)
     if first_step >= config.train.num_steps:
       return 0
+    workdir.begin(folder, config, documents)
+    state = restored[1] if restored else train_step_lib.init_state(config, mesh)
     loop = _Loop(config, mesh, checkpoints, evaluator)
     batches = pipeline.train_batches(
       config,
@@ -118,7 +119,7 @@ class _Loop:
     self,
     config: Config,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    checkpoints: checkpoint.Checkpoints,
     evaluator: Evaluator | None,
   ):
     self._config = config
@@ -175,9 +176,11 @@ class _Loop:
     loss = None
     if is_evaluation and self._evaluator is not None:
       report = self._evaluator.run(state.params, visible=False)
-      self._writer.write(step, _plain(report))
+      self._writer.write(step, _without_none(report))
       loss = report['nats_per_token']
-    if is_save:
+    # A signal may have come during the evaluation.
+    is_last = is_last or self._stop.signal is not None
+    if is_save or is_last:
       self._checkpoints.save(step, state, config=config, loss=loss)
     self._clock = time.monotonic()
     return is_last
@@ -253,7 +256,7 @@ def _digest(batch: Mapping[str, np.ndarray]) -> int:
   return pipeline.digest(dict(batch), first_row=jax.process_index() * rows)
 
 
-def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(report: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in report.items() if value is not None}
 
 

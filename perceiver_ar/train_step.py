@@ -168,7 +168,10 @@ def train_step(
   in_a_row = (state.num_skipped_in_a_row + 1) * skipped
   metrics = sums | {
     'grad_norm': norm,
-    'learning_rate': make_schedule(config.optimizer)(state.step),
+    # A skipped step does not count: optax has not seen it.
+    'learning_rate': make_schedule(config.optimizer)(
+      state.step - state.num_skipped
+    ),
     'skipped': skipped,
     'num_skipped_in_a_row': in_a_row,
   }

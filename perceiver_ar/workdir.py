@@ -40,23 +40,32 @@ class Trained:
   layout: dict[str, Any]
 
 
+def check(workdir: Path, config: Config, data: DataSet) -> None:
+  """Raises UserError if the workdir belongs to another run."""
+  folder = epath.Path(workdir)
+  if (folder / 'config.json').exists():
+    check_config(workdir, config_lib.resolve(read_config(workdir)), config)
+  if (folder / 'dataset.json').exists():
+    check_fingerprint(workdir, data)
+
+
+def check_config(workdir: Path, old: Config, new: Config) -> None:
+  if lines := config_lib.differences(old, new):
+    raise UserError(
+      f'{epath.Path(workdir)} belongs to another config: {"; ".join(lines)}; '
+      'choose another --workdir, or set these keys back'
+    )
+
+
 def begin(workdir: Path, config: Config, data: DataSet) -> None:
-  """Writes what identifies the run, or checks that it is the same run.
+  """Writes what identifies the run, if it is the workdir's own or its first.
 
   Raises:
     UserError: the workdir belongs to another config or another data set; the
       differences are listed.
   """
+  check(workdir, config, data)
   folder = epath.Path(workdir)
-  if (folder / 'config.json').exists():
-    old = config_lib.resolve(read_config(workdir))
-    if lines := config_lib.differences(old, config):
-      raise UserError(
-        f'{folder} belongs to another config: {"; ".join(lines)}; choose '
-        'another --workdir, or set these keys back'
-      )
-    if (folder / 'dataset.json').exists():
-      check_fingerprint(workdir, data)
   _write_dataset(folder, data)
   _write(folder / 'config.json', config.to_json())
 
@@ -92,12 +101,15 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def read_trained(workdir: Path) -> Trained:
   folder = epath.Path(workdir)
   raw = _read(folder / 'dataset.json')
-  codec = text.open_codec(
-    text.Vocabulary(**raw['vocabulary']), folder / 'vocabulary'
-  )
-  return Trained(
-    fingerprint=raw['fingerprint'], codec=codec, layout=raw['positions']
-  )
+  try:
+    vocabulary = text.Vocabulary(**raw['vocabulary'])
+    fingerprint, layout = raw['fingerprint'], raw['positions']
+  except (KeyError, TypeError) as error:
+    raise UserError(
+      f'{folder / "dataset.json"} lacks {error}; restore it from a copy'
+    ) from error
+  codec = text.open_codec(vocabulary, folder / 'vocabulary')
+  return Trained(fingerprint=fingerprint, codec=codec, layout=layout)
 
 
 def _write_dataset(folder: epath.Path, data: DataSet) -> None:

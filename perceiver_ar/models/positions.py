@@ -3,9 +3,9 @@
 Both need sines and cosines of position times frequency. A table of them grows
 with the longest document (60 % of the published 131k model was one), and a
 float32 product loses 0.01 radians at position 131,072. Here a position is
-written in base 256 and its angle is the sum of its digits' angles, so three
-tables of 256 rows, made in float64, serve every position below 2**24 to
-float32 precision. They are constants of the compiled step, never parameters.
+written in base 256 and its angle is the sum of its digits' angles, so four
+tables of 256 rows, made in float64, serve every int32 position to float32
+precision. They are constants of the compiled step, never parameters.
 
 Letters: T positions, E embedding width, H heads, K head size, R frequencies.
 """
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _BASE = 256
-_NUM_DIGITS = 3
-MAX_POSITION = _BASE**_NUM_DIGITS - 1
+_NUM_DIGITS = 4
 
 
 def unit_circle(
@@ -25,7 +24,7 @@ def unit_circle(
   """Sines and cosines of positions * frequencies, [..., R] float32 each.
 
   Args:
-    positions: integers in [0, MAX_POSITION], any shape.
+    positions: int32, not negative, any shape.
     frequencies_R: radians per position, float64.
   """
   digits = np.arange(_BASE, dtype=np.float64)[:, None]
@@ -35,7 +34,7 @@ def unit_circle(
     digit = positions // _BASE**i
     if i < _NUM_DIGITS - 1:
       digit %= _BASE
-    # The highest digit of too large or negative a position finds NaN.
+    # The highest digit of a negative position finds NaN.
     look_up = lambda x, digit=digit: (
       jnp.asarray(x, jnp.float32)
       .at[digit]

@@ -12,8 +12,8 @@ _FREQUENCIES = positions.rotary_frequencies(5, 8192)
 
 def _spread_positions():
   near = [0, 1, 2, 255, 256, 257, 65535, 65536, 65537, 131072]
-  far = [positions.MAX_POSITION - 1, positions.MAX_POSITION]
-  drawn = np.random.default_rng(0).integers(0, 2**24, 500)
+  far = [2**24 - 1, 2**24, 2**31 - 2, 2**31 - 1]
+  drawn = np.random.default_rng(0).integers(0, 2**31, 500)
   return np.concatenate([near, far, drawn]).astype(np.int32)
 
 
@@ -26,8 +26,8 @@ def test_unit_circle_equals_float64_at_every_magnitude():
   np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('at', [2**24, 2**24 + 3, 2**31 - 1, -1, -(2**24)])
-def test_a_position_out_of_range_gives_nan(at):
+@pytest.mark.parametrize('at', [-1, -(2**24)])
+def test_a_negative_position_gives_nan(at):
   for x in positions.unit_circle(jnp.array([3, at]), _FREQUENCIES):
     assert np.isfinite(x[0]).all() and np.isnan(x[1]).all()
 
