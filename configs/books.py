@@ -33,14 +33,14 @@ def _demo() -> ConfigDict:
   c.model.attention_block = 128
   c.model.scan_unroll = 3
   # Many small steps beat few large ones in so little time.
-  c.train.num_steps = 3500
+  c.train.num_steps = 3200
   c.train.batch_size = 4
   c.optimizer.learning_rate = 3e-3
   c.optimizer.schedule = 'cosine'
   c.optimizer.warmup_steps = 100
   c.optimizer.b2 = 0.98
-  c.checkpoint.save_every = 500
-  c.evaluate.every = 500
+  c.checkpoint.save_every = 400
+  c.evaluate.every = 400
   c.evaluate.max_examples = 1
   c.evaluate.batch_size = 32
   c.evaluate.stride = 64

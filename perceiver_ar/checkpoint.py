@@ -40,7 +40,7 @@ class Checkpoints:
   """The checkpoints that a training run writes and resumes from."""
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
-    self._workdir = epath.Path(workdir).resolve()  # Orbax takes no other
+    self._workdir = epath.Path(workdir).resolve()
     saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
     self._losses = {
@@ -281,7 +281,8 @@ def _free_place(workdir: epath.Path, step: int) -> epath.Path:
 
 def step_folder(workdir: Path, step: int) -> epath.Path:
   steps = saved_steps(workdir)
-  folder = epath.Path(workdir) / _CHECKPOINTS
+  # Orbax takes no relative path.
+  folder = epath.Path(workdir).resolve() / _CHECKPOINTS
   if step not in steps:
     there = ', '.join(map(str, steps)) or 'none'
     raise UserError(f'{folder} has no step {step}; it has: {there}')

@@ -332,3 +332,19 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
   assert restored is not None
   step, state = restored
   assert step == state['step'] == rows[-1]['step']
+
+
+def test_a_relative_workdir_is_a_workdir(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  state = {'params': {'a': jnp.arange(3.0)}}
+  with checkpoint.Checkpoints('run', states.CONFIG.checkpoint) as checkpoints:
+    checkpoints.save(1, state, config=states.CONFIG, loss=None)
+    checkpoints.wait()
+  assert inspection.verify('run') == [{'step': 1, 'ok': True, 'reason': ''}]
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+  step, params = checkpoint.restore_params('run', abstract['params'], None)
+  assert step == 1
+  np.testing.assert_array_equal(params['a'], state['params']['a'])
