@@ -337,8 +337,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
 def test_a_relative_workdir_is_a_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   state = {'params': {'a': jnp.arange(3.0)}}
-  with checkpoint.Checkpoints('run', states.CONFIG.checkpoint) as checkpoints:
-    checkpoints.save(1, state, config=states.CONFIG, loss=None)
+  with checkpoint.Checkpoints('run', CONFIG.checkpoint) as checkpoints:
+    checkpoints.save(1, state, config=CONFIG, loss=None)
     checkpoints.wait()
   assert inspection.verify('run') == [{'step': 1, 'ok': True, 'reason': ''}]
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -347,4 +347,4 @@ def test_a_relative_workdir_is_a_workdir(tmp_path, monkeypatch):
   )
   step, params = checkpoint.restore_params('run', abstract['params'], None)
   assert step == 1
-  np.testing.assert_array_equal(params['a'], state['params']['a'])
+  assert (params['a'] == state['params']['a']).all()

@@ -23,6 +23,7 @@ from perceiver_ar.errors import UserError
 
 _CONFIG = 'configs/books.py'
 _HELD_OUT = 0.012  # of the books: 0.6 MB, scored in half a minute
+_PROMPT = 1000  # bytes of a held-out book that the samples go on from
 _PATIENCE = 60.0  # seconds that a command has to stop after Ctrl-C
 
 
@@ -50,10 +51,20 @@ class Commands:
       f'--config.data.path={path("data")} --workdir={folder}'
     )
     self.evaluate = f'perceiver-ar evaluate --workdir={folder}'
-    self.sample = f'perceiver-ar sample --workdir={folder}'
+    self.prompt = ''  # known once the data set is there
+    self.sample = (
+      f'perceiver-ar sample --prompt={path("prompt.txt")} --workdir={folder}'
+    )
 
   def all(self) -> list[str]:
-    return [self.books, self.prepare, self.train, self.evaluate, self.sample]
+    return [
+      self.books,
+      self.prepare,
+      self.prompt,
+      self.train,
+      self.evaluate,
+      self.sample,
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +97,7 @@ def demo(workdir: Path) -> None:
   start = time.monotonic()
   commands = Commands(workdir)
   _prepare(workdir, commands)
+  commands.prompt = _write_prompt(workdir)
   _run(commands.train)
   step = _newest_step(workdir)
   for name, command, path in (
@@ -110,6 +122,20 @@ def _prepare(workdir: Path, commands: Commands) -> None:
   _announce(commands.prepare)
   documents, _ = prepare_text.folder_documents(books, held_out=_HELD_OUT)
   prepare_text.prepare(documents, data, vocabulary='bytes', vocab_size=0)
+
+
+def _write_prompt(workdir: Path) -> str:
+  """The opening of the longest held-out book; returns the command for it."""
+  documents = records.Documents(str(workdir / 'data'), 'validation')
+  longest = int(documents.num_tokens.argmax())
+  opening = documents.codec.decode(documents[longest]).encode()[:_PROMPT]
+  path = workdir / 'prompt.txt'
+  book = shlex.quote(str(workdir / 'books' / documents.info(longest).name))
+  command = f'head -c {_PROMPT} {book} > {shlex.quote(str(path))}'
+  if not path.exists():
+    _announce(command)
+    path.write_bytes(opening.decode(errors='ignore').encode())
+  return command
 
 
 def _is_prepared(data: Path) -> bool:

@@ -120,11 +120,12 @@ def test_every_step_runs_in_order_and_as_printed(tool, stage, capsys):
   assert [shlex.split(line)[1] for line in typed] == [
     'tools/demo_books.py',
     'tools/prepare_text.py',
+    '-c',  # of head, for the prompt
     'train',
     'evaluate',
     'sample',
   ]
-  assert [shlex.split(line)[1:] for line in typed[2:]] == stage.called()
+  assert [shlex.split(line)[1:] for line in typed[3:]] == stage.called()
   for wanted in ('2.125', '2.500', 'r.html', 'samples', 'minutes'):
     assert wanted in out
 
