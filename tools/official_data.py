@@ -18,7 +18,6 @@ from official_files import Published
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.data import layouts, records, text, writer
 from perceiver_ar.errors import UserError
-from perceiver_ar.models import positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def _positions(
   ids_BMP = checked(arrays, 'input_idxs', shape, path)
   is_input_BM = np.arange(shape[1]) < lengths_B[:, None]
   for axis, size in enumerate(model.position_sizes):
-    limit = size or positions.MAX_POSITION + 1
+    limit = size or 2**31  # int32
     column = {'input_idxs': np.where(is_input_BM, ids_BMP[..., axis], 0)}
     _ids(column, 'input_idxs', shape[:2], limit, path)
   return ids_BMP.astype(np.int32)
