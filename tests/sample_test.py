@@ -279,6 +279,9 @@ class Script:
     self.parts = [np.array(part, np.int32) for part in parts]
     self.asked = 0
 
+  def check_length(self, total):
+    pass
+
   def run(self, prompt_T, length):
     self.prompt = prompt_T.tolist()
     for part in self.parts:
