@@ -3,10 +3,11 @@
 First prepare a folder of text files (see tools/prepare_text.py --help):
     python tools/prepare_text.py --input=FOLDER_OF_TXT --output=DIR
 
-:demo   What `make demo` trains: minutes on a laptop CPU.
+:demo   What `make demo` trains, on 2 CPU cores: 3,200 steps in 2.5 minutes,
+        to 2.35 bits per byte on the 4 books that it holds out.
         perceiver-ar train --config=configs/books.py:demo \
             --config.data.path=DIR --workdir=WORKDIR
-:small  About an hour on a laptop CPU, the same data.
+:small  An hour on 2 CPU cores (a step takes 1.05 s); no result yet.
 """
 
 from ml_collections import ConfigDict
@@ -58,7 +59,7 @@ def _small() -> ConfigDict:
   c.model.num_cross_heads = c.model.num_self_heads = 6
   c.model.attention_block = 512
   c.model.scan_unroll = 1
-  c.train.num_steps = 6000
+  c.train.num_steps = 3400
   c.optimizer.learning_rate = 2e-3
   c.optimizer.warmup_steps = 200
   c.evaluate.every = 1000

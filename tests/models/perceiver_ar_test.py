@@ -51,6 +51,34 @@ def _changed_at_every_input(model, batch, name, start):
   return _score(model, rows), _score(model, changed)
 
 
+@pytest.mark.parametrize('attention', ['chunked', 'reference'])
+def test_no_latent_has_a_gradient_from_its_future(attention):
+  # Every input has a token of its own, so the gradient of a row of the token
+  # table is that of one input.
+  model = make_model(attention=attention, attention_block=5)
+  tokens_1M = np.arange(3, 3 + _M, dtype=np.int32)[None]
+  positions_1MP = np.arange(1, 1 + _M, dtype=np.int32)[None, :, None]
+  params = make_params(model)
+  weights_V = np.random.default_rng(0).normal(size=model.vocab_size)
+
+  def latents(table: jax.Array) -> jax.Array:
+    embed = params['embed'] | {'token': table}
+    logits_1NV: Any = PerceiverAR(model).apply(
+      {'params': params | {'embed': embed}},
+      tokens_1M,
+      positions_1MP,
+      num_latents=_N,
+    )
+    return logits_1NV[0] @ jnp.asarray(weights_V, jnp.float32)
+
+  grads_NVE = jax.jit(jax.jacrev(latents))(params['embed']['token'])
+  grads_NME = np.asarray(grads_NVE)[:, 3 : 3 + _M]
+  for n in range(_N):
+    own = n + _M - _N
+    assert (grads_NME[n, own + 1 :] == 0).all()
+    assert (grads_NME[n, : own + 1] != 0).any(axis=-1).all()
+
+
 @pytest.mark.parametrize(
   ('name', 'attention'),
   [
