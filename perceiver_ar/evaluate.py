@@ -75,6 +75,7 @@ class Evaluator:
     self._config = config
     self._documents = documents
     self._mesh = mesh
+    self._open = -1, np.zeros((0,), np.int32)
     how = config.evaluate
     partitioning.check_batch('evaluate.batch_size', how.batch_size, mesh)
     if isinstance(documents, CopyDocuments) and how.split == 'train':
@@ -137,10 +138,11 @@ class Evaluator:
     tokens_BT = np.zeros((B, M + 1), np.int32)
     positions_BMP = np.zeros((B, M, P), np.int32)
     num_scored_B = np.zeros((B,), np.int32)
-    document, tokens = -1, np.zeros((0,), np.int32)
     for row, block in enumerate(blocks):
-      if block.document != document:
-        document, tokens = block.document, self._documents[block.document]
+      if block.document != self._open[0]:
+        # Kept, because the next batch goes on in the same document.
+        self._open = block.document, self._documents[block.document]
+      tokens = self._open[1]
       begin = max(0, block.end - M)
       num = block.end - begin
       tokens_BT[row, M - num :] = tokens[begin : block.end + 1]

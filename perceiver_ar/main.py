@@ -222,6 +222,14 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
   if rest:
     raise UserError(f'checkpoint does not know {rest[0]}; see --help')
+  read = {'diff': ('step', 'other', 'other_step'), 'export': ('step',)}
+  for name in ('step', 'other', 'other_step'):
+    if getattr(args, name) is not None and name not in read.get(
+      args.action, ()
+    ):
+      raise UserError(
+        f'checkpoint {args.action} does not read --{name}; leave it out'
+      )
   from perceiver_ar import inspection
 
   if args.action == 'export':
