@@ -94,7 +94,10 @@ class Sampler:
     self._N, self._R = how.num_latents, how.refill_latents
     self._M = config.model.context_length
     step = _Step(config, mesh, tuple(forbidden))
-    self._write = jax.jit(step.write, donate_argnums=3)
+    self._write = jax.jit(
+      functools.partial(step.apply, method=PerceiverAR.write_inputs),
+      donate_argnums=3,
+    )
     self._segment = jax.jit(step.segment, donate_argnums=3)
     self._uncached = jax.jit(step.uncached_segment)
 
@@ -205,20 +208,18 @@ class _Step:
       partitioning.activations, mesh, config.mesh.rules
     )
 
-  def write(
+  def apply(
     self,
     params: Params,
     tokens_BT: jax.Array,
     positions_BTP: jax.Array,
     cache: Cache,
+    method: Any,
   ) -> Any:
+    """Runs a method of the model that takes inputs and a cache."""
     with self._pin():
       return self._model.apply(
-        {'params': params},
-        tokens_BT,
-        positions_BTP,
-        cache,
-        method=PerceiverAR.write_inputs,
+        {'params': params}, tokens_BT, positions_BTP, cache, method=method
       )
 
   def segment(
@@ -245,13 +246,11 @@ class _Step:
     """
     B, T = recent_BT.shape
     room = cache.latents.key.shape[2] - T + 1
-    cache = self.write(
-      params, recent_BT[:, -1:], positions_BSP[:, T - 1 : T], cache
-    )
+    write = functools.partial(self.apply, method=PerceiverAR.write_inputs)
+    decode = functools.partial(self.apply, method=PerceiverAR.decode)
+    cache = write(params, recent_BT[:, -1:], positions_BSP[:, T - 1 : T], cache)
     cache = dataclasses.replace(cache, num_latents=jnp.int32(0))
-    logits_BV, cache = self._decode(
-      params, recent_BT, positions_BSP[:, :T], cache
-    )
+    logits_BV, cache = decode(params, recent_BT, positions_BSP[:, :T], cache)
     new_BT = jnp.zeros((B, room), jnp.int32)
     new_BT = new_BT.at[:, 0].set(self._choose(logits_BV, index))
 
@@ -261,8 +260,8 @@ class _Step:
       position_B1P = jax.lax.dynamic_slice_in_dim(
         positions_BSP, T + num - 1, 1, 1
       )
-      cache = self.write(params, token_B1, position_B1P, cache)
-      logits_BV, cache = self._decode(params, token_B1, position_B1P, cache)
+      cache = write(params, token_B1, position_B1P, cache)
+      logits_BV, cache = decode(params, token_B1, position_B1P, cache)
       drawn_B = self._choose(logits_BV, index + num)
       return new_BT.at[:, num].set(drawn_B), num + 1, cache
 
@@ -293,22 +292,6 @@ class _Step:
       body, window_BM, jnp.arange(_UNCACHED_STEPS)
     )
     return window_BM, new_TB.T
-
-  def _decode(
-    self,
-    params: Params,
-    tokens_BT: jax.Array,
-    positions_BTP: jax.Array,
-    cache: Cache,
-  ) -> Any:
-    with self._pin():
-      return self._model.apply(
-        {'params': params},
-        tokens_BT,
-        positions_BTP,
-        cache,
-        method=PerceiverAR.decode,
-      )
 
   def _choose(self, logits_BV: jax.Array, index: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(self._how.seed), index)
