@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo demo-music demo-images demo-copy test test-all lint bench clean
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -17,7 +17,16 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/demo  ## train, evaluate and sample on real books, on a CPU
-	$(BIN)/python tools/demo.py --workdir=runs/demo
+	$(BIN)/python tools/demo.py --what=books --workdir=runs/demo
+
+demo-music: .venv/demo  ## the same on piano performances
+	$(BIN)/python tools/demo.py --what=music --workdir=runs/demo-music
+
+demo-images: .venv/demo  ## the same on tiles of photographs
+	$(BIN)/python tools/demo.py --what=images --workdir=runs/demo-images
+
+demo-copy: .venv/demo  ## the same on copies of 1,024 tokens
+	$(BIN)/python tools/demo.py --what=copy --workdir=runs/demo-copy
 
 test: .venv/dev  ## the quick tests
 	$(BIN)/pytest

@@ -39,11 +39,12 @@ def get_config(arg: str = '') -> ConfigDict:
   m.attention_block = 512  # keys per block of chunked attention
 
   c.data = d = ConfigDict()
-  d.kind = 'text'  # text: prepared files; copy: mirrored noise, generated
-  d.path = ''  # the folder that tools/prepare_text.py wrote
+  d.kind = 'prepared'  # or copy: mirrored noise, generated
+  d.path = ''  # the folder that a tools/prepare_*.py wrote
   d.visits = 'by_length'  # of a document in an epoch: once, or by its length
   d.min_crop = m.get_oneway_ref('num_latents')  # fewest inputs of a crop
   d.copy_length = 0  # of a copy sequence, SOS and EOS included
+  d.copy_offset = 0  # added to its positions, which begin at 1
   d.num_eval_documents = 0  # copy sequences in the validation split
   d.num_read_threads = 2
   d.prefetch = 16  # rows read ahead
@@ -81,6 +82,7 @@ def get_config(arg: str = '') -> ConfigDict:
   s.rules = 'fsdp_tensor'  # replicated, fsdp, tensor, fsdp_tensor
 
   c.checkpoint = k = ConfigDict()
+  k.init_from = ''  # another run's workdir: begin with its parameters
   k.save_every = 500  # steps
   k.keep_latest = 2
   k.keep_best = 1  # by the evaluation during training
@@ -96,7 +98,7 @@ def get_config(arg: str = '') -> ConfigDict:
 
   c.sample = p = ConfigDict()
   p.num_samples = 4
-  p.length = 2048  # tokens of each, the prompt not counted
+  p.length = 2048  # new tokens of each; an image ends when it is complete
   p.temperature = 1.0  # 0: the likeliest token
   p.top_p = 1.0  # nucleus
   p.top_k = 0  # 0: all

@@ -52,6 +52,7 @@ class DataConfig:
   visits: str
   min_crop: int
   copy_length: int
+  copy_offset: int
   num_eval_documents: int
   num_read_threads: int
   prefetch: int
@@ -97,6 +98,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+  init_from: str
   save_every: int
   keep_latest: int
   keep_best: int
@@ -286,7 +288,7 @@ _CHOICES = {
     'softplus',
     'mish',
   ),
-  'data.kind': ('text', 'copy'),
+  'data.kind': ('prepared', 'copy'),
   'data.visits': ('once', 'by_length'),
   'optimizer.name': ('adam', 'adamw', 'adafactor', 'sgd', 'lamb'),
   'optimizer.schedule': ('constant', 'cosine', 'steps', 'rsqrt'),

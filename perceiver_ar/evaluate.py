@@ -14,8 +14,10 @@ Letters: B batch, M inputs, N latents, T tokens, P position axes.
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +27,7 @@ from jax.sharding import Mesh
 
 from perceiver_ar import losses, partitioning
 from perceiver_ar.config import Config
-from perceiver_ar.data import layouts
-from perceiver_ar.data.copy import CopyDocuments
-from perceiver_ar.data.pipeline import DocumentSource
+from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.progress import Progress
@@ -36,20 +36,36 @@ from perceiver_ar.train_step import Batch, Params, shift
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """The inputs before `end` of a document; its last `num_scored` are scored."""
+  """The inputs before `end` of a document; its last `num_scored` are scored.
+
+  `document` counts those that are evaluated.
+  """
 
   document: int
   end: int
   num_scored: int
 
 
-@dataclasses.dataclass
 class Totals:
-  """Sums over one document, float64."""
+  """Sums of nats, of hits and of tokens, float64, in three ways.
 
-  nats: float = 0.0
-  correct: float = 0.0
-  num_tokens: int = 0
+  By document [D, 3], by the index of a token in its document [T, 3] and by
+  latent, counted from the first [N, 3].
+  """
+
+  def __init__(self, num_documents: int, longest: int, num_latents: int):
+    self.by_document = np.zeros((num_documents, 3))
+    self.by_position = np.zeros((longest, 3))
+    self.by_latent = np.zeros((num_latents, 3))
+
+  def add(self, block: Block, loss_N: np.ndarray, hits_N: np.ndarray) -> None:
+    """Adds the scored latents of a block, the last `num_scored` ones."""
+    S = block.num_scored
+    sums_S3 = np.stack([loss_N[-S:], hits_N[-S:], np.ones(S)], axis=-1)
+    self.by_document[block.document] += sums_S3.sum(axis=0)
+    # The input before `end` predicts the token at `end`.
+    self.by_position[block.end + 1 - S : block.end + 1] += sums_S3
+    self.by_latent[-S:] += sums_S3
 
 
 def document_blocks(document: int, num_inputs: int, stride: int) -> list[Block]:
@@ -61,31 +77,26 @@ def document_blocks(document: int, num_inputs: int, stride: int) -> list[Block]:
   ]
 
 
-def chosen_documents(num_documents: int, max_examples: int) -> list[int]:
-  """All documents, or `max_examples` of them evenly spread over the split."""
-  if not max_examples or max_examples >= num_documents:
-    return list(range(num_documents))
-  return [i * num_documents // max_examples for i in range(max_examples)]
-
-
 class Evaluator:
   """Evaluates parameters, again and again, on one split of a data set."""
 
-  def __init__(self, config: Config, documents: DocumentSource, mesh: Mesh):
+  def __init__(
+    self, config: Config, documents: pipeline.DocumentSource, mesh: Mesh
+  ):
     self._config = config
     self._documents = documents
     self._mesh = mesh
     self._open = -1, np.zeros((0,), np.int32)
     how = config.evaluate
     partitioning.check_batch('evaluate.batch_size', how.batch_size, mesh)
-    if isinstance(documents, CopyDocuments) and how.split == 'train':
+    if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
       _check_endless(how.max_examples)
     lengths = documents.num_tokens
-    self._chosen = chosen_documents(len(documents), how.max_examples)
+    self._chosen = pipeline.chosen_documents(len(documents), how.max_examples)
     self._blocks = [
       block
-      for i in self._chosen
-      for block in document_blocks(i, int(lengths[i]) - 1, how.stride)
+      for at, i in enumerate(self._chosen)
+      for block in document_blocks(at, int(lengths[i]) - 1, how.stride)
     ]
     self._step = jax.jit(
       functools.partial(_score, config=config, mesh=mesh),
@@ -100,11 +111,13 @@ class Evaluator:
       visible: whether this process shows progress.
     """
     start = time.monotonic()
-    totals = {i: Totals() for i in self._chosen}
-    batch_size = self._config.evaluate.batch_size
+    how = self._config.evaluate
+    longest = int(self._documents.num_tokens[self._chosen].max())
+    totals = Totals(len(self._chosen), longest, how.num_latents)
+    batch_size = how.batch_size
     waiting: tuple[list[Block], Any] | None = None
     with Progress(
-      f'evaluate {self._config.evaluate.split}',
+      f'evaluate {how.split}',
       len(self._blocks),
       'blocks',
       visible=visible,
@@ -119,17 +132,37 @@ class Evaluator:
         progress.advance(len(blocks))
       if waiting:
         _add(totals, *waiting)
-    report = summarise(
-      list(totals.values()), [self._documents.info(i) for i in self._chosen]
-    )
-    how = self._config.evaluate
+    report = summarise(totals, self._counts())
+    if isinstance(self._documents, copy.CopyDocuments):
+      # What the task is about: the first half is noise.
+      half = totals.by_position[longest // 2 :].sum(axis=0)
+      report['second_half'] = _means(half)
     return report | {
       'split': how.split,
+      'kind': self._documents.kind,
+      'variant': self._documents.variant,
       'stride': how.stride,
       'num_latents': how.num_latents,
       'context_length': how.context_length,
       'seconds': round(time.monotonic() - start, 3),
     }
+
+  def _counts(self) -> dict[str, tuple[np.ndarray, int]]:
+    """Of every unit: how many each document has, and how many there are.
+
+    The whole split may have another number than its documents: the one that
+    published results are divided by.
+    """
+    documents = self._documents
+    infos = [documents.info(i) for i in self._chosen]
+    counts = {}
+    for unit in infos[0].counts:
+      each_D = np.array([info.counts[unit] for info in infos])
+      total = int(each_D.sum())
+      if len(infos) == len(documents):
+        total = documents.counts[unit]
+      counts[unit] = each_D, total
+    return counts
 
   def _batch(self, blocks: list[Block]) -> Batch:
     """Right-aligned rows, and empty ones up to the batch size."""
@@ -141,7 +174,8 @@ class Evaluator:
     for row, block in enumerate(blocks):
       if block.document != self._open[0]:
         # Kept, because the next batch goes on in the same document.
-        self._open = block.document, self._documents[block.document]
+        document = self._documents[self._chosen[block.document]]
+        self._open = block.document, document
       tokens = self._open[1]
       begin = max(0, block.end - M)
       num = block.end - begin
@@ -190,55 +224,109 @@ def _score(
   )
 
 
-def _add(totals: dict[int, Totals], blocks: list[Block], scores: Any) -> None:
+def _add(totals: Totals, blocks: list[Block], scores: Any) -> None:
   loss_BN, hits_BN = (np.asarray(x, np.float64) for x in scores)
   for row, block in enumerate(blocks):
-    total = totals[block.document]
-    total.nats += loss_BN[row].sum()
-    total.correct += hits_BN[row].sum()
-    total.num_tokens += block.num_scored
+    totals.add(block, loss_BN[row], hits_BN[row])
 
 
-def summarise(totals: list[Totals], infos: list[Any]) -> dict[str, Any]:
-  """Sums over documents in the units of the data, with standard errors."""
-  nats = np.array([total.nats for total in totals])
-  tokens = np.array([total.num_tokens for total in totals])
-  num_bytes = np.array([info.num_bytes for info in infos])
-  num_words = np.array([info.num_words for info in infos])
+# What a loss is per, by what a data set counts: its name, and the nats of one.
+_UNITS = {
+  'bytes': ('bits_per_byte', math.log(2)),
+  'dims': ('bits_per_dim', math.log(2)),
+  'events': ('nats_per_event', 1.0),
+}
+
+
+def summarise(
+  totals: Totals, counts: dict[str, tuple[np.ndarray, int]]
+) -> dict[str, Any]:
+  """Sums over documents in the units of the data, with standard errors.
+
+  Args:
+    totals: of all blocks.
+    counts: by unit, the number in each document [D] and the total to divide
+      by.
+  """
+  nats_D, hits_D, tokens_D = totals.by_document.T
+  num_tokens = int(tokens_D.sum())
   report: dict[str, Any] = {
-    'num_documents': len(totals),
-    'num_tokens': int(tokens.sum()),
-    'num_bytes': int(num_bytes.sum()),
-    'num_words': int(num_words.sum()),
+    'num_documents': len(nats_D),
+    'num_tokens': num_tokens,
   }
-  mean, error = ratio(nats, tokens)
-  report |= {'nats_per_token': mean, 'nats_per_token_standard_error': error}
-  correct = float(sum(total.correct for total in totals))
-  report['accuracy'] = correct / report['num_tokens']
-  if num_bytes.sum():
-    bits, error = ratio(nats / math.log(2), num_bytes)
-    report |= {'bits_per_byte': bits, 'bits_per_byte_standard_error': error}
-  if num_words.sum():
-    per_word, error = ratio(nats, num_words)
-    perplexity = math.exp(min(per_word, 700.0))
-    report |= {
-      'word_perplexity': perplexity,
-      'word_perplexity_standard_error': error and perplexity * error,
-    }
-  return report
+  report |= {f'num_{unit}': total for unit, (_, total) in counts.items()}
+  report |= _with_error('nats_per_token', *ratio(nats_D, tokens_D, num_tokens))
+  report['accuracy'] = float(hits_D.sum() / num_tokens)
+  for unit, (each_D, total) in counts.items():
+    if not total:
+      continue
+    if unit in _UNITS:
+      name, nats = _UNITS[unit]
+      report |= _with_error(name, *ratio(nats_D / nats, each_D, total))
+    if unit == 'words':
+      per_word, error = ratio(nats_D, each_D, total)
+      perplexity = math.exp(min(per_word, 700.0))
+      error = error and perplexity * error
+      report |= _with_error('word_perplexity', perplexity, error)
+  return report | {
+    'by_position': _buckets(totals.by_position, _doubling),
+    'by_latent': _buckets(totals.by_latent, _sixteenths),
+  }
+
+
+def _with_error(
+  name: str, value: float, error: float | None
+) -> dict[str, float | None]:
+  return {name: value, f'{name}_standard_error': error}
+
+
+def _buckets(
+  sums_T3: np.ndarray, edges: Callable[[int], list[int]]
+) -> list[dict[str, Any]]:
+  """Means of ranges [first, end), without those where nothing is scored."""
+  bounds = edges(len(sums_T3))
+  return [
+    {'first': first, 'end': end} | _means(sums_T3[first:end].sum(axis=0))
+    for first, end in itertools.pairwise(bounds)
+    if sums_T3[first:end, 2].any()
+  ]
+
+
+def _doubling(length: int) -> list[int]:
+  """0, 1, 2, 4, ... and the length."""
+  return [0, *(1 << i for i in range((length - 1).bit_length())), length]
+
+
+def _sixteenths(length: int) -> list[int]:
+  return sorted({i * length // 16 for i in range(17)})
+
+
+def _means(sums_3: np.ndarray) -> dict[str, Any]:
+  nats, hits, num = (float(x) for x in sums_3)
+  return {
+    'num_tokens': int(num),
+    'nats_per_token': nats / num,
+    'accuracy': hits / num,
+  }
 
 
 def ratio(
-  total_D: np.ndarray, count_D: np.ndarray
+  total_D: np.ndarray, count_D: np.ndarray, count: int
 ) -> tuple[float, float | None]:
-  """sum(total) / sum(count) and its standard error over D documents.
+  """sum(total) / count and its standard error over D documents.
 
   The error is that of a ratio estimator (Cochran 1977, section 6.4); None
   for a single document.
+
+  Args:
+    total_D: what is measured, of each document.
+    count_D: how much of it there is, of each document.
+    count: the sum of `count_D`, or what is published in its place.
   """
-  mean = total_D.sum() / count_D.sum()
+  mean = total_D.sum() / count
   D = len(total_D)
   if D < 2:
     return float(mean), None
-  spread = np.square(total_D - mean * count_D).sum() * D / (D - 1)
-  return float(mean), float(math.sqrt(spread) / count_D.sum())
+  own = total_D.sum() / count_D.sum()
+  spread = np.square(total_D - own * count_D).sum() * D / (D - 1)
+  return float(mean), float(math.sqrt(spread) / count)

@@ -105,7 +105,24 @@ def _parser() -> argparse.ArgumentParser:
   sample.add_argument('--num_samples', type=int, help='drawn together')
   sample.add_argument('--length', type=int, help='new tokens of each')
   sample.add_argument(
-    '--prompt', metavar='FILE', help='text to go on from, of any length'
+    '--prompt',
+    metavar='FILE',
+    action='append',
+    help='text, MIDI or PNG to go on from; may be given several times',
+  )
+  sample.add_argument(
+    '--prompt_split',
+    metavar='SPLIT',
+    help='go on from documents of this split of the data set instead',
+  )
+  sample.add_argument(
+    '--num_prompts', type=int, help='documents, evenly spread; default: 1'
+  )
+  sample.add_argument(
+    '--prompt_length',
+    type=int,
+    help='go on from the first so many tokens of each, and keep the original '
+    'to compare; default: all of them',
   )
   sample.add_argument('--temperature', type=float, help='0: the likeliest')
   sample.add_argument('--top_p', type=float, help='nucleus')
@@ -195,10 +212,10 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   if args.num_latents and args.refill_latents is None:
     args.refill_latents = max(args.num_latents // 2, 1)
   config = _run_config(args, rest, 'sample', keys)
-  from perceiver_ar import sample, workdir
+  from perceiver_ar import artifacts, sample, workdir
 
-  prompt = _read_prompt(args.prompt) if args.prompt else ''
   trained = workdir.read_trained(args.workdir)
+  prompts = _prompts(args, config, trained)
   mesh, step, params = _restore(args, config)
   sampler = sample.Sampler(
     config,
@@ -208,12 +225,13 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     forbidden=trained.codec.forbidden,
   )
   folder = Path(args.workdir) / 'samples'
-  report = {'step': step} | sample.write_samples(
-    sampler, trained.codec, prompt, config.sample, folder
+  report: dict[str, Any] = {'step': step}
+  report |= artifacts.write_samples(
+    sampler, trained.codec, prompts, config.sample, folder
   )
   _write_json(report, folder / 'samples.json', args.output)
   print(
-    f'{config.sample.num_samples} samples from step {step} in {folder} '
+    f'{len(report["samples"])} samples from step {step} in {folder} '
     f'({report["tokens_per_second"]:,.0f} tokens/s)'
   )
   return 0
@@ -369,13 +387,36 @@ def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
   return mesh, step, params
 
 
-def _read_prompt(path: str) -> str:
-  try:
-    return Path(path).read_bytes().decode()
-  except UnicodeDecodeError as error:
+def _prompts(args: argparse.Namespace, config: Config, trained: Any) -> Any:
+  """What --prompt... say; refuses those that have no effect."""
+  from perceiver_ar import artifacts, workdir
+  from perceiver_ar.data import pipeline
+
+  if args.prompt and args.prompt_split:
     raise UserError(
-      f'{path} is not UTF-8 text (byte {error.start}); convert it with iconv'
-    ) from error
+      f'--prompt={args.prompt[0]} and --prompt_split={args.prompt_split} both '
+      'say where to go on from; leave one out'
+    )
+  for name in ('num_prompts', 'prompt_length'):
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise UserError(f'--{name}={value} must be at least 1')
+  length = args.prompt_length or 0
+  if args.num_prompts and not args.prompt_split:
+    raise UserError('--num_prompts needs --prompt_split, which they come from')
+  if args.prompt_split:
+    documents = pipeline.open_documents(
+      config.data, args.prompt_split, seed=config.train.seed
+    )
+    workdir.check_vocabulary(args.workdir, documents)
+    return artifacts.document_prompts(documents, args.num_prompts or 1, length)
+  if args.prompt:
+    return [
+      artifacts.read_prompt(trained.codec, file, length) for file in args.prompt
+    ]
+  if length:
+    raise UserError('--prompt_length needs --prompt or --prompt_split')
+  return [artifacts.NOTHING]
 
 
 def _json(content: Any) -> str:

@@ -1,4 +1,4 @@
-"""Sampling: cached, of any length, in constant memory, streamed to disk.
+"""Sampling: cached, of any length, in constant memory.
 
 In training a latent never sees more than N - 1 others, so the latents' cache
 is not rolled: when it holds N, the newest `refill_latents` inputs are made
@@ -12,12 +12,9 @@ Letters: B samples, M inputs, N latents, R latents after a refill, T tokens,
 P position axes, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,12 +24,11 @@ from jax.sharding import Mesh
 
 from perceiver_ar import partitioning
 from perceiver_ar.config import Config, SampleConfig
-from perceiver_ar.data import layouts, text
+from perceiver_ar.data import layouts
 from perceiver_ar.errors import UserError
 from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models.cache import Cache
 from perceiver_ar.models.perceiver_ar import PerceiverAR, can_cache
-from perceiver_ar.progress import Progress
 from perceiver_ar.train_step import Params
 
 _PROMPT_CHUNK = 1024  # prompt tokens whose keys are computed together
@@ -179,6 +175,23 @@ class Sampler:
     B = self._config.sample.num_samples
     return jnp.asarray(np.broadcast_to(ids_TP[None], (B, *ids_TP.shape)))
 
+  def room(self, num_prompt: int, length: int) -> int:
+    """How many of `length` tokens fit after a prompt, SOS not counted.
+
+    Raises:
+      UserError: none, or more than the model's positions reach.
+    """
+    if most := layouts.max_tokens(self._layout):
+      if num_prompt + 1 >= most:
+        raise UserError(
+          f'the prompt has {num_prompt} tokens, and a document has '
+          f'{most - 1}: there is nothing left to draw; cut it with '
+          '--prompt_length'
+        )
+      length = min(length, most - 1 - num_prompt)
+    self.check_length(1 + num_prompt + length)
+    return length
+
   def check_length(self, total: int) -> None:
     """Refuses samples that would run off the model's positions."""
     # The last token drawn is never an input. Segments ask for positions past
@@ -300,60 +313,3 @@ class _Step:
     banned = jnp.asarray(self._forbidden, jnp.int32)
     logits_BV = logits_BV.at[:, banned].set(-jnp.inf)
     return choose_tokens(logits_BV, keys_B, self._how)
-
-
-def write_samples(
-  sampler: Sampler,
-  codec: text.Codec,
-  prompt: str,
-  how: SampleConfig,
-  folder: Path,
-) -> dict[str, Any]:
-  """Draws samples and streams them to FOLDER/sample-I.txt.
-
-  A sample ends early where it draws EOS.
-
-  Returns:
-    What `samples.json` says of them; file names are relative to the folder.
-  """
-  prompt_T = np.concatenate([[text.SOS], codec.encode(prompt)])
-  sampler.check_length(len(prompt_T) + how.length)
-  folder.mkdir(parents=True, exist_ok=True)
-  # From here on the last samples are gone, and so is what is said of them.
-  for old in (*folder.glob('samples.json'), *folder.glob('sample-*.txt')):
-    old.unlink()
-  files = [f'sample-{i}.txt' for i in range(how.num_samples)]
-  num_B = np.zeros(how.num_samples, int)
-  ended_B = np.zeros(how.num_samples, bool)
-  start = time.monotonic()
-  with (
-    contextlib.ExitStack() as stack,
-    Progress('sample', how.length, 'tokens') as progress,
-  ):
-    streams = [text.TextStream(folder / file, codec) for file in files]
-    for stream in streams:
-      stack.callback(stream.close)
-    for new_BT in sampler.run(prompt_T.astype(np.int32), how.length):
-      for row, stream in enumerate(streams):
-        if ended_B[row]:
-          continue
-        tokens_T = new_BT[row]
-        ends = np.flatnonzero(tokens_T == text.EOS)
-        ended_B[row] = bool(ends.size)
-        tokens_T = tokens_T[: ends[0]] if ends.size else tokens_T
-        num_B[row] += len(tokens_T)
-        stream.write(tokens_T)
-      progress.advance(new_BT.shape[1])
-      if ended_B.all():
-        break
-  seconds = time.monotonic() - start
-  return {
-    **dataclasses.asdict(how),
-    'prompt': prompt,
-    'seconds': round(seconds, 3),
-    'tokens_per_second': round(float(num_B.sum() / seconds), 1),
-    'samples': [
-      {'file': file, 'num_tokens': int(num), 'ended': bool(ended)}
-      for file, num, ended in zip(files, num_B, ended_B, strict=True)
-    ],
-  }

@@ -7,6 +7,7 @@ saw.
 """
 
 import contextlib
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -84,7 +85,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
     if first_step >= config.train.num_steps:
       return 0
     workdir.begin(folder, config, documents)
-    state = restored[1] if restored else train_step_lib.init_state(config, mesh)
+    state = restored[1] if restored else _first_state(config, mesh, documents)
     loop = _Loop(config, mesh, checkpoints, evaluator)
     batches = pipeline.train_batches(
       config,
@@ -100,6 +101,21 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       contextlib.closing(batches),
     ):
       return loop.run(state, batches, first_step, writer)
+
+
+def _first_state(
+  config: Config, mesh: Mesh, documents: pipeline.DocumentSource
+) -> TrainState:
+  """Step 0: drawn from the seed, or with the parameters of another run."""
+  state = train_step_lib.init_state(config, mesh)
+  source = config.checkpoint.init_from
+  if not source:
+    return state
+  workdir.check_vocabulary(source, documents)
+  abstract = train_step_lib.abstract_params(config, mesh)
+  step, params = checkpoint.restore_params(source, abstract, None)
+  print(f'begins with the parameters of {source} at step {step:,}')
+  return dataclasses.replace(state, params=params)
 
 
 def _evaluator(config: Config, mesh: Mesh) -> Evaluator | None:
@@ -176,7 +192,7 @@ class _Loop:
     loss = None
     if is_evaluation and self._evaluator is not None:
       report = self._evaluator.run(state.params, visible=False)
-      self._writer.write(step, _without_none(report))
+      self._writer.write(step, _scalars(report))
       loss = report['nats_per_token']
     # A signal may have come during the evaluation.
     is_last = is_last or self._stop.signal is not None
@@ -256,8 +272,9 @@ def _digest(batch: Mapping[str, np.ndarray]) -> int:
   return pipeline.digest(dict(batch), first_row=jax.process_index() * rows)
 
 
-def _without_none(report: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in report.items() if value is not None}
+def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:
+  """What has a place in a table: no lists of buckets, nothing unknown."""
+  return {k: v for k, v in report.items() if isinstance(v, int | float | str)}
 
 
 def _announce(

@@ -14,7 +14,7 @@ from etils import epath
 
 from perceiver_ar import config as config_lib
 from perceiver_ar.config import Config
-from perceiver_ar.data import text
+from perceiver_ar.data import codecs, tokens
 from perceiver_ar.errors import UserError
 
 Path: TypeAlias = epath.PathLike
@@ -26,7 +26,7 @@ class DataSet(Protocol):
   @property
   def fingerprint(self) -> str: ...
   @property
-  def codec(self) -> text.Codec: ...
+  def codec(self) -> tokens.Codec: ...
   @property
   def layout(self) -> dict[str, Any]: ...
 
@@ -36,7 +36,7 @@ class Trained:
   """What a model was trained on."""
 
   fingerprint: str
-  codec: text.Codec
+  codec: tokens.Codec
   layout: dict[str, Any]
 
 
@@ -102,18 +102,18 @@ def read_trained(workdir: Path) -> Trained:
   folder = epath.Path(workdir)
   raw = _read(folder / 'dataset.json')
   try:
-    vocabulary = text.Vocabulary(**raw['vocabulary'])
+    vocabulary = tokens.Vocabulary(**raw['vocabulary'])
     fingerprint, layout = raw['fingerprint'], raw['positions']
   except (KeyError, TypeError) as error:
     raise UserError(
       f'{folder / "dataset.json"} lacks {error}; restore it from a copy'
     ) from error
-  codec = text.open_codec(vocabulary, folder / 'vocabulary')
+  codec = codecs.open_codec(vocabulary, layout, folder / 'vocabulary')
   return Trained(fingerprint=fingerprint, codec=codec, layout=layout)
 
 
 def _write_dataset(folder: epath.Path, data: DataSet) -> None:
-  vocabulary = text.save_codec(data.codec, folder / 'vocabulary')
+  vocabulary = codecs.save_codec(data.codec, folder / 'vocabulary')
   about = {
     'fingerprint': data.fingerprint,
     'vocabulary': dataclasses.asdict(vocabulary),

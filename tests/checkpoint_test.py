@@ -18,7 +18,9 @@ from perceiver_ar import checkpoint, inspection
 from perceiver_ar import config as config_lib
 from perceiver_ar.errors import UserError
 
-KEEP = config_lib.CheckpointConfig(save_every=1, keep_latest=2, keep_best=1)
+KEEP = config_lib.CheckpointConfig(
+  init_from='', save_every=1, keep_latest=2, keep_best=1
+)
 
 
 def save(workdir, steps, losses=None, keep=KEEP):
@@ -288,7 +290,9 @@ from perceiver_ar import checkpoint, config as config_lib
 root, workdir = sys.argv[1:]
 path = root + '/configs/default.py'
 config = config_lib.resolve(runpy.run_path(path)['get_config']())
-keep = config_lib.CheckpointConfig(save_every=1, keep_latest=1, keep_best=0)
+keep = config_lib.CheckpointConfig(
+  init_from='', save_every=1, keep_latest=1, keep_best=0
+)
 key = jax.random.key(0)
 state = {f'x{i}': jax.random.normal(key, (1250, 1000)) for i in range(10)}
 state['step'] = jnp.int32(0)

@@ -1,6 +1,7 @@
 """Every held-out token is scored once, with the context it should have."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tiny import make_config, make_params, score
 
 from perceiver_ar import evaluate, partitioning
-from perceiver_ar.data import copy, layouts, records
+from perceiver_ar.data import copy, layouts, pipeline, records
 from perceiver_ar.errors import UserError
 from perceiver_ar.evaluate import Block, Totals, document_blocks
 
@@ -20,6 +21,7 @@ class Documents:
   """A split held in memory, with what an evaluator asks of one."""
 
   layout = layouts.INDEX
+  kind, variant = 'text', ''
 
   def __init__(self, lengths):
     rng = np.random.default_rng(0)
@@ -38,8 +40,16 @@ class Documents:
   def info(self, index):
     num = len(self._tokens[index])
     return records.DocumentInfo(
-      name=str(index), num_tokens=num, num_bytes=2 * num, num_words=num // 3
+      name=str(index),
+      num_tokens=num,
+      counts={'bytes': 2 * num, 'words': num // 3},
     )
+
+  @property
+  def counts(self):
+    num_tokens = self.num_tokens
+    num_words = int((num_tokens // 3).sum())
+    return {'bytes': int(2 * num_tokens.sum()), 'words': num_words}
 
 
 def make_evaluator(documents, num_devices=1, changes=(), **how):
@@ -159,17 +169,17 @@ def test_nothing_leaks_out_of_rows_that_are_padding():
 def test_chosen_documents_are_spread_over_the_split():
   for num in range(1, 30):
     for limit in range(1, num + 3):
-      chosen = evaluate.chosen_documents(num, limit)
+      chosen = pipeline.chosen_documents(num, limit)
       assert len(chosen) == min(num, limit)
       assert sorted(set(chosen)) == chosen
       assert set(np.diff(chosen)) <= {num // limit, num // limit + 1, 1}
       assert chosen[0] >= 0 and chosen[-1] < num
-    assert evaluate.chosen_documents(num, 0) == list(range(num))
+    assert pipeline.chosen_documents(num, 0) == list(range(num))
 
 
 def test_the_copy_task_is_only_trained_on_without_end():
   documents = copy.CopyDocuments(
-    'train', length=32, num_eval_documents=4, seed=1
+    'train', length=32, offset=0, num_eval_documents=4, seed=1
   )
   how = {'split': 'train', 'batch_size': 8}
   with pytest.raises(UserError, match='max_examples'):
@@ -178,30 +188,49 @@ def test_the_copy_task_is_only_trained_on_without_end():
   assert len(evaluator._blocks) == 3 * 4
 
 
-def infos(num_bytes, num_words):
-  return [
-    records.DocumentInfo(name='', num_tokens=1, num_bytes=b, num_words=w)
-    for b, w in zip(num_bytes, num_words, strict=True)
-  ]
+def totals_of(nats, hits, tokens):
+  totals = Totals(len(nats), longest=max(tokens) + 1, num_latents=4)
+  totals.by_document[:] = np.stack([nats, hits, tokens], axis=-1)
+  return totals
+
+
+def counts_of(**each):
+  return {u: (np.array(n), int(np.sum(n))) for u, n in each.items()}
 
 
 def test_sums_come_in_the_units_of_the_data():
-  totals = [Totals(20.0, 3.0, 10), Totals(50.0, 4.0, 25)]
-  report = evaluate.summarise(totals, infos([40, 100], [7, 13]))
+  totals = totals_of([20.0, 50.0], [3.0, 4.0], [10, 25])
+  counts = counts_of(bytes=[40, 100], words=[7, 13], events=[5, 9], dims=[2, 3])
+  report = evaluate.summarise(totals, counts)
   assert report['num_documents'] == 2
   assert report['num_tokens'] == 35
   assert report['accuracy'] == pytest.approx(7 / 35)
   assert report['nats_per_token'] == pytest.approx(70 / 35)
   assert report['bits_per_byte'] == pytest.approx(70 / math.log(2) / 140)
+  assert report['bits_per_dim'] == pytest.approx(70 / math.log(2) / 5)
+  assert report['nats_per_event'] == pytest.approx(70 / 14)
   assert report['word_perplexity'] == pytest.approx(math.exp(70 / 20))
   # Both documents have 2 nats a token, so nothing is uncertain about that.
   assert report['nats_per_token_standard_error'] == pytest.approx(0)
   assert report['word_perplexity_standard_error'] > 0
 
 
+def test_published_counts_are_what_a_loss_is_divided_by():
+  totals = totals_of([20.0, 50.0], [3.0, 4.0], [10, 25])
+  report = evaluate.summarise(totals, {'words': (np.array([7, 13]), 40)})
+  assert report['num_words'] == 40
+  assert report['word_perplexity'] == pytest.approx(math.exp(70 / 40))
+  own = evaluate.summarise(totals, counts_of(words=[7, 13]))
+  assert report['word_perplexity_standard_error'] / report[
+    'word_perplexity'
+  ] == pytest.approx(
+    own['word_perplexity_standard_error'] / own['word_perplexity'] / 2
+  )
+
+
 def test_units_that_the_data_lacks_are_left_out():
-  totals = [Totals(20.0, 3.0, 10)]
-  report = evaluate.summarise(totals, infos([0], [0]))
+  totals = totals_of([20.0], [3.0], [10])
+  report = evaluate.summarise(totals, counts_of(bytes=[0], words=[0]))
   assert 'bits_per_byte' not in report
   assert 'word_perplexity' not in report
   assert report['nats_per_token_standard_error'] is None
@@ -213,7 +242,7 @@ def test_the_standard_error_is_the_spread_of_repeated_evaluations():
   for _ in range(2000):
     count_D = rng.integers(20, 200, 40)
     total_D = count_D * rng.normal(2.0, 0.3, 40)
-    mean, error = evaluate.ratio(total_D, count_D)
+    mean, error = evaluate.ratio(total_D, count_D, count_D.sum())
     means.append(mean)
     errors.append(error)
   assert np.mean(errors) == pytest.approx(np.std(means), rel=0.06)
@@ -224,8 +253,9 @@ def test_word_perplexity_errs_as_its_logarithm():
   values, errors = [], []
   for _ in range(1000):
     words_D = rng.integers(200, 2000, 60)
-    totals = [Totals(w * rng.normal(4.0, 0.3), 0.0, 5 * w) for w in words_D]
-    report = evaluate.summarise(totals, infos(6 * words_D, words_D))
+    nats_D = words_D * rng.normal(4.0, 0.3, 60)
+    totals = totals_of(nats_D, 0 * words_D, 5 * words_D)
+    report = evaluate.summarise(totals, counts_of(words=words_D))
     values.append(report['word_perplexity'])
     errors.append(report['word_perplexity_standard_error'])
   assert np.mean(errors) == pytest.approx(np.std(values), rel=0.08)
@@ -234,6 +264,37 @@ def test_word_perplexity_errs_as_its_logarithm():
 def test_a_report_is_plain_json_and_says_how_it_was_made():
   config, evaluator = make_evaluator(Documents([5, 9]), stride=4)
   report = evaluator.run(make_params(config.model), visible=False)
-  assert {type(value) for value in report.values()} <= {int, float, str}
+  json.dumps(report, allow_nan=False)
   for name in ('split', 'stride', 'num_latents', 'context_length'):
     assert report[name] == dataclasses.asdict(config.evaluate)[name]
+
+
+def test_buckets_of_positions_and_of_latents_hold_every_token_once():
+  documents = Documents([5, 9, 30, 2])
+  config, evaluator = make_evaluator(documents, stride=4)
+  report = evaluator.run(make_params(config.model), visible=False)
+  for name in ('by_position', 'by_latent'):
+    buckets = report[name]
+    assert sum(bucket['num_tokens'] for bucket in buckets) == 42
+    nats = sum(b['num_tokens'] * b['nats_per_token'] for b in buckets)
+    assert nats / 42 == pytest.approx(report['nats_per_token'])
+  first = {b['first']: b['num_tokens'] for b in report['by_position']}
+  # Indices of targets: 1; 2 and 3; 4 to 7; 8 to 15; 16 to 29.
+  assert first == {1: 4, 2: 6, 4: 9, 8: 9, 16: 14}
+  # The last 4 of 8 latents are scored.
+  assert all(bucket['first'] >= 4 for bucket in report['by_latent'])
+
+
+def test_copies_are_judged_by_their_second_half():
+  documents = copy.CopyDocuments(
+    'validation', length=32, offset=0, num_eval_documents=4, seed=1
+  )
+  config, evaluator = make_evaluator(
+    documents, stride=8, changes={'model.vocab_size': 259}
+  )
+  report = evaluator.run(make_params(config.model), visible=False)
+  # 15 mirrored tokens and EOS, of each.
+  assert report['second_half']['num_tokens'] == 4 * 16
+  last = report['by_position'][-1]
+  assert last['first'] == 16
+  assert report['second_half']['accuracy'] == last['accuracy']

@@ -15,7 +15,7 @@ _LAYERS = [
   'errors',
   'ops data config progress distributed',
   'models partitioning optimizer losses metrics flops checksums workdir',
-  'train_step saved_step checkpoint inspection evaluate sample',
+  'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'train plan report',
   'main',
 ]
@@ -26,6 +26,7 @@ _ALSO = {
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are
+  ('artifacts', 'sample'),
   ('inspection', 'checkpoint'),
   ('inspection', 'saved_step'),
 }

@@ -75,11 +75,12 @@ def other_data(tmp_path_factory):
   """A data set of five ids."""
   path = tmp_path_factory.mktemp('data') / 'ids'
   codec = text.IdsCodec(8)
-  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
-    target.set_vocabulary(text.save_codec(codec, target.folder))
+  with writer.Writer(
+    path, kind='text', variant='', codec=codec, positions=layouts.INDEX
+  ) as target:
     for split in ('train', 'validation'):
       tokens = np.array([2, 3, 4, 5, 6, 7, 1])
-      target.add(split, tokens, name='x', num_bytes=5, num_words=0)
+      target.add(split, tokens, name='x', counts={})
   return path
 
 
@@ -104,13 +105,13 @@ BAD_TRAINING = {
     ['--config.train.num_microbatches=2'],
     ['train.batch_size / train.num_microbatches 4', 'size 8'],
   ),
-  'no data': (['--config.data.kind=text'], ['data.path', 'empty']),
+  'no data': (['--config.data.kind=prepared'], ['data.path', 'empty']),
   'data that is not there': (
-    ['--config.data.kind=text', '--config.data.path=/nowhere/at/all'],
-    ['/nowhere/at/all', 'tools/prepare_text.py'],
+    ['--config.data.kind=prepared', '--config.data.path=/nowhere/at/all'],
+    ['/nowhere/at/all', 'tools/prepare_*.py'],
   ),
   'data without a manifest': (
-    ['--config.data.kind=text', f'--config.data.path={ROOT}'],
+    ['--config.data.kind=prepared', f'--config.data.path={ROOT}'],
     [str(ROOT), 'manifest.json'],
   ),
   'unknown flag': (['--num_steps=4'], ['--num_steps=4', '--help']),
@@ -181,7 +182,7 @@ BAD_USE = {
   'samples': (['sample', '--num_samples=3'], ['num_samples 3', 'size 8']),
   'missing prompt': (['sample', '--prompt=none.txt'], ['none.txt']),
   'prompt': (['sample', '--prompt=latin.txt'], ['latin.txt', 'UTF-8']),
-  'folder as prompt': (['sample', '--prompt=.'], ['.: ']),
+  'folder as prompt': (['sample', '--prompt=.'], ['--prompt=.']),
   'text as prompt': (['sample', '--prompt=words.txt'], ["'words'", 'ids']),
   'unknown flag': (['sample', '--beam=3'], ['--beam=3', '--help']),
 }
@@ -206,7 +207,7 @@ def test_using_a_run_wrongly_changes_nothing(
 def test_data_with_another_vocabulary_is_not_evaluated(
   trained, other_data, capsys
 ):
-  words = ('--config.data.kind=text', f'--config.data.path={other_data}')
+  words = ('--config.data.kind=prepared', f'--config.data.path={other_data}')
   assert run('evaluate', f'--workdir={trained}', *words) == 2
   assert_one_sentence(capsys, ['vocabulary ids 259', 'ids 8'])
 
@@ -229,7 +230,7 @@ def test_evaluation_and_samples_come_as_json_too(copied, tmp_path, capsys):
   assert run('sample', where, *words) == 0
   report = json.loads(output.read_text())
   assert json.loads((copied / 'samples/samples.json').read_text()) == report
-  assert (report['step'], report['prompt']) == (4, '5 6 7')
+  assert (report['step'], report['prompts'][0]['num_tokens']) == (4, 3)
   assert len(report['samples']) == 8
   for about in report['samples']:
     written = (copied / 'samples' / about['file']).read_text().split()

@@ -12,7 +12,7 @@ import pytest
 from tiny import POSITIONS, make_config, make_params, score
 
 from perceiver_ar import partitioning, sample
-from perceiver_ar.data import layouts, text
+from perceiver_ar.data import layouts, tokens
 from perceiver_ar.errors import UserError
 
 FORBIDDEN = (0, 2)
@@ -46,7 +46,7 @@ def draw(sampler, prompt, length):
 
 def make_prompt(length):
   rng = np.random.default_rng(length)
-  return np.concatenate([[text.SOS], rng.integers(3, 31, length - 1)])
+  return np.concatenate([[tokens.SOS], rng.integers(3, 31, length - 1)])
 
 
 @functools.cache
@@ -270,83 +270,3 @@ def test_what_is_forbidden_is_never_drawn():
   for how in ({}, {'top_k': 3}, {'top_p': 0.999}, {'temperature': 1e-3}):
     found_V = frequencies(logits_V, **how)
     assert not found_V[0] and not found_V[2]
-
-
-class Script:
-  """A sampler that draws what it was told to."""
-
-  def __init__(self, *parts):
-    self.parts = [np.array(part, np.int32) for part in parts]
-    self.asked = 0
-
-  def check_length(self, total):
-    pass
-
-  def run(self, prompt_T, length):
-    self.prompt = prompt_T.tolist()
-    for part in self.parts:
-      self.asked += 1
-      yield part
-
-
-def write(script, codec, prompt, folder, num_samples=2):
-  how = make_how(num_samples=num_samples, length=6)
-  sampler: Any = script
-  return sample.write_samples(sampler, codec, prompt, how, folder)
-
-
-def test_a_sample_ends_where_it_draws_eos(tmp_path):
-  a = text.ByteCodec().encode('abc').tolist()
-  script = Script(
-    [[a[0], a[1], 1], [a[2], a[1], a[0]]],
-    [[a[2], a[2], a[2]], [a[1], 1, a[2]]],
-    [[a[0]] * 3] * 2,
-  )
-  report = write(script, text.ByteCodec(), 'é', tmp_path)
-  assert script.prompt == [text.SOS, 0xC3 + 3, 0xA9 + 3]
-  assert script.asked == 2  # all have ended
-  assert (tmp_path / 'sample-0.txt').read_text() == 'ab'
-  assert (tmp_path / 'sample-1.txt').read_text() == 'cbab'
-  assert report['samples'] == [
-    {'file': 'sample-0.txt', 'num_tokens': 2, 'ended': True},
-    {'file': 'sample-1.txt', 'num_tokens': 4, 'ended': True},
-  ]
-
-
-def test_new_samples_replace_all_old_ones(tmp_path):
-  a = text.ByteCodec().encode('a').tolist()
-  write(Script([a * 2] * 3), text.ByteCodec(), '', tmp_path, num_samples=3)
-  write(Script([a * 3]), text.ByteCodec(), '', tmp_path, num_samples=1)
-  assert [path.name for path in tmp_path.iterdir()] == ['sample-0.txt']
-  assert (tmp_path / 'sample-0.txt').read_text() == 'aaa'
-
-
-@pytest.mark.parametrize('junk', [b'', b'\xff\xff\xff\xff', b'\xe2\x82'])
-def test_characters_that_are_cut_arrive_whole(tmp_path, junk):
-  data = junk + '😀aé漢\ufffdz😀'.encode()
-  tokens = np.frombuffer(data, np.uint8).astype(np.int32) + 3
-  for size in range(1, len(tokens) + 1):
-    stream = text.TextStream(tmp_path / 'x', text.ByteCodec())
-    for begin in range(0, len(tokens), size):
-      stream.write(tokens[begin : begin + size])
-    stream.close()
-    written = (tmp_path / 'x').read_text(encoding='utf-8')
-    assert written.endswith('😀aé漢\ufffdz😀'), size
-    assert set(written[: -len('😀aé漢\ufffdz😀')]) <= {'\ufffd'}
-
-
-def test_nearly_all_of_a_stream_is_on_disk_while_it_runs(tmp_path):
-  stream = text.TextStream(tmp_path / 'x', text.ByteCodec())
-  tokens = text.ByteCodec().encode('漢字' * 20)
-  for num, token in enumerate(tokens, 1):
-    stream.write([token])
-    assert num - (tmp_path / 'x').stat().st_size <= 3
-  stream.close()
-
-
-def test_ids_have_one_blank_between_them(tmp_path):
-  stream = text.TextStream(tmp_path / 'x', text.IdsCodec(300))
-  for part in ([5], [], [17, 299], [1], [4]):
-    stream.write(part)
-  stream.close()
-  assert (tmp_path / 'x').read_text() == '5 17 299 4'

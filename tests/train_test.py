@@ -22,7 +22,7 @@ from runs import (
 
 from perceiver_ar import checkpoint, flops, partitioning, train, workdir
 from perceiver_ar import config as config_lib
-from perceiver_ar.data import layouts, pipeline, text, writer
+from perceiver_ar.data import layouts, pipeline, text, tokens, writer
 from perceiver_ar.errors import UserError
 
 __all__ = ['compiled_once']
@@ -212,13 +212,14 @@ def test_another_config_is_refused_with_the_difference(
 
 def write_texts(path, first):
   codec = text.ByteCodec()
-  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
-    target.set_vocabulary(text.save_codec(codec, target.folder))
+  with writer.Writer(
+    path, kind='text', variant='', codec=codec, positions=layouts.INDEX
+  ) as target:
     for split in ('train', 'validation'):
-      tokens = np.concatenate(
-        [[text.SOS], codec.encode(first + 'a text' * 20), [text.EOS]]
+      tokens_T = np.concatenate(
+        [[tokens.SOS], codec.encode(first + 'a text' * 20), [tokens.EOS]]
       )
-      target.add(split, tokens, name='x', num_bytes=121, num_words=21)
+      target.add(split, tokens_T, name='x', counts={'bytes': 121})
   return path
 
 
@@ -226,7 +227,10 @@ def test_another_data_set_is_refused(tmp_path):
   def config(name):
     path = str(tmp_path / name)
     return copy_config(
-      data__kind='text', data__path=path, train__num_steps=1, evaluate__every=0
+      data__kind='prepared',
+      data__path=path,
+      train__num_steps=1,
+      evaluate__every=0,
     )
 
   write_texts(tmp_path / 'one', '1')

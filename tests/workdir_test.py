@@ -11,6 +11,7 @@ from tiny import make_config
 from perceiver_ar import config as config_lib
 from perceiver_ar import workdir
 from perceiver_ar.data import layouts, text
+from perceiver_ar.data.subwords import train_sentencepiece
 from perceiver_ar.errors import UserError
 
 TABLE = layouts.validated({'kind': 'table', 'rows': [[1, 1], [1, 2], [2, 1]]})
@@ -25,8 +26,9 @@ class DataSet:
 
 @pytest.fixture(scope='module')
 def subwords(tmp_path_factory):
-  path = tmp_path_factory.mktemp('vocabulary') / text.MODEL_FILE
-  text.train_sentencepiece(['a ship and the sea.\n' * 40] * 4, 272, path)
+  path = tmp_path_factory.mktemp('vocabulary') / text.SENTENCEPIECE_FILE
+  model = train_sentencepiece(['a ship and the sea.\n' * 40] * 4, 272)
+  path.write_bytes(model)
   return text.SentencePieceCodec(path)
 
 
@@ -44,8 +46,8 @@ def test_what_a_run_was_begun_on_is_read_back(tmp_path, subwords, kind, layout):
   trained = workdir.read_trained(tmp_path / 'copy')
   assert trained.fingerprint == 'ab' * 32
   assert (trained.codec.kind, trained.codec.sha256) == (kind, codec.sha256)
-  words = '5 76' if kind == 'ids' else 'the sea, 漢'
-  assert trained.codec.encode(words).tolist() == codec.encode(words).tolist()
+  words = b'5 76' if kind == 'ids' else 'the sea, 漢'.encode()
+  assert trained.codec.read(words).tolist() == codec.read(words).tolist()
   for index in range(3):
     at = np.array([index])
     assert (
@@ -68,7 +70,7 @@ def test_a_run_may_begin_again_and_change_what_it_does_not_compute(tmp_path):
 @pytest.mark.parametrize(
   ('config', 'fingerprint', 'named'),
   [
-    (make_config({}), 'ab' * 32, "data.kind: 'copy' -> 'text'"),
+    (make_config({}), 'ab' * 32, "data.kind: 'copy' -> 'prepared'"),
     (
       copy_config(),
       'cd' * 32,

@@ -1,12 +1,15 @@
-"""Trains, evaluates and samples a small model on real books, on a CPU.
+"""Trains, evaluates and samples a small model on real data, on a CPU.
 
-  python tools/demo.py --workdir=runs/demo
+  python tools/demo.py --what=books --workdir=runs/demo
 
-It prints every command before it runs it. Run again, it goes on where it was:
-what is there is not made again. At the end WORKDIR/report.html shows it all.
+--what is books, music (piano performances), images (tiles of photographs) or
+copy (generated noise and its mirror image). It prints every command before it
+runs it. Run again, it goes on where it was: what is there is not made again. At
+the end WORKDIR/report.html shows it all.
 """
 
 import argparse
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -15,15 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import demo_books
-import prepare_text
-
 from perceiver_ar.data import records
 from perceiver_ar.errors import UserError
 
-_CONFIG = 'configs/books.py'
-_HELD_OUT = 0.012  # of the books: 0.6 MB, scored in half a minute
-_PROMPT = 1000  # bytes of a held-out book that the samples go on from
 _PATIENCE = 60.0  # seconds that a command has to stop after Ctrl-C
 
 
@@ -35,48 +32,107 @@ class CommandError(Exception):
     self.status = status
 
 
-class Commands:
-  """What makes the demo, as a person would type it."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What makes a demo, as a person would type it."""
 
-  def __init__(self, workdir: Path):
-    path = lambda name: shlex.quote(str(workdir / name))
-    folder = shlex.quote(str(workdir))
-    self.books = f'python tools/demo_books.py --output={path("books")}'
-    self.prepare = (
-      f'python tools/prepare_text.py --input={path("books")} '
-      f'--output={path("data")} --held_out={_HELD_OUT}'
-    )
-    self.train = (
-      f'perceiver-ar train --config={_CONFIG}:demo '
-      f'--config.data.path={path("data")} --workdir={folder}'
-    )
-    self.evaluate = f'perceiver-ar evaluate --workdir={folder}'
-    self.prompt = ''  # known once the data set is there
-    self.sample = (
-      f'perceiver-ar sample --prompt={path("prompt.txt")} --workdir={folder}'
-    )
+  data: Sequence[str]  # these end in a prepared data set, WORKDIR/data
+  before: Sequence[str]  # runs that the last one begins with
+  train: str
+  evaluate: str
+  sample: str
 
   def all(self) -> list[str]:
-    return [
-      self.books,
-      self.prepare,
-      self.prompt,
-      self.train,
-      self.evaluate,
-      self.sample,
-    ]
+    return [*self.data, *self.before, self.train, self.evaluate, self.sample]
+
+
+def books(workdir: Path) -> Plan:
+  """0.6 MB of whole books are held out, and scored in half a minute."""
+  return _with_data(
+    workdir,
+    'books',
+    prepare='text --held_out=0.012',
+    config='books.py',
+    sample='--prompt_split=validation --prompt_length=1000',
+  )
+
+
+def music(workdir: Path) -> Plan:
+  """Of ten performances, the pieces 1, 3 and 9 are held out."""
+  return _with_data(
+    workdir,
+    'music',
+    prepare='music --augment',
+    config='music.py',
+    sample='--prompt_split=validation --prompt_length=500',
+  )
+
+
+def images(workdir: Path) -> Plan:
+  """Tiles of photographs; the held-out ones are of other photographs."""
+  return _with_data(
+    workdir,
+    'images',
+    prepare='image --tiles=32',
+    config='images.py',
+    sample='--prompt_split=validation --num_prompts=4 --prompt_length=6144 '
+    '--num_samples=2',
+  )
+
+
+def copy(workdir: Path) -> Plan:
+  """Copies that grow; each run begins with the parameters of the last."""
+  config = 'perceiver-ar train --config=configs/copy_task.py:demo'
+  lengths = (64, 128, 256, 512)
+  before, init = [], ''
+  for length in lengths:
+    folder = _quoted(workdir / f'length_{length}')
+    before.append(f'{config}_{length}{init} --workdir={folder}')
+    init = f' --config.checkpoint.init_from={folder}'
+  return Plan(
+    data=[],
+    before=before,
+    train=f'{config}{init} --workdir={_quoted(workdir)}',
+    evaluate=f'perceiver-ar evaluate --workdir={_quoted(workdir)}',
+    sample='perceiver-ar sample --prompt_split=validation --prompt_length=511 '
+    f'--config.sample.temperature=0 --workdir={_quoted(workdir)}',
+  )
+
+
+def _with_data(
+  workdir: Path, name: str, *, prepare: str, config: str, sample: str
+) -> Plan:
+  path = lambda folder: _quoted(workdir / folder)
+  folder = _quoted(workdir)
+  tool, *flags = prepare.split()
+  return Plan(
+    data=[
+      f'python tools/demo_{name}.py --output={path(name)}',
+      f'python tools/prepare_{tool}.py --input={path(name)} '
+      f'--output={path("data")} {" ".join(flags)}',
+    ],
+    before=[],
+    train=f'perceiver-ar train --config=configs/{config}:demo '
+    f'--config.data.path={path("data")} --workdir={folder}',
+    evaluate=f'perceiver-ar evaluate --workdir={folder}',
+    sample=f'perceiver-ar sample {sample} --workdir={folder}',
+  )
+
+
+_PLANS = {'books': books, 'music': music, 'images': images, 'copy': copy}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
+  parser.add_argument('--what', choices=_PLANS, default='books')
   parser.add_argument(
-    '--workdir', required=True, help='folder for all that it makes'
+    '--workdir', required=True, type=Path, help='folder for all that it makes'
   )
   args = parser.parse_args(argv)
   try:
-    demo(Path(args.workdir))
+    demo(_PLANS[args.what](args.workdir), args.workdir)
   except UserError as error:
     print(f'demo: {error}', file=sys.stderr)
     return 2
@@ -88,54 +144,30 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def demo(workdir: Path) -> None:
-  if not Path(_CONFIG).is_file():
+def demo(plan: Plan, workdir: Path) -> None:
+  if not Path('configs/default.py').is_file():
     raise UserError(
-      f'there is no {_CONFIG} in {Path.cwd()}; start the demo in the folder '
-      'of the repository'
+      f'there is no configs/default.py in {Path.cwd()}; start the demo in the '
+      'folder of the repository'
     )
   start = time.monotonic()
-  commands = Commands(workdir)
-  _prepare(workdir, commands)
-  commands.prompt = _write_prompt(workdir)
-  _run(commands.train)
-  step = _newest_step(workdir)
+  if plan.data and not _is_prepared(workdir / 'data'):
+    for command in plan.data:
+      _run(command)
+  if not _steps(workdir):
+    for command in plan.before:
+      _run(command)
+  _run(plan.train)
+  step = max(_steps(workdir))
   for name, command, path in (
-    ('evaluation', commands.evaluate, workdir / 'evaluation.json'),
-    ('samples', commands.sample, workdir / 'samples' / 'samples.json'),
+    ('evaluation', plan.evaluate, workdir / 'evaluation.json'),
+    ('samples', plan.sample, workdir / 'samples' / 'samples.json'),
   ):
     if _step_of(path) == step:
       print(f'{name}: {path} is of step {step}, the newest')
     else:
       _run(command)
-  _report(workdir, commands, time.monotonic() - start)
-
-
-def _prepare(workdir: Path, commands: Commands) -> None:
-  """Books and data set; the books are not needed once that is there."""
-  books, data = workdir / 'books', workdir / 'data'
-  if _is_prepared(data):
-    print(f'books: {data} is prepared')
-    return
-  _announce(commands.books)
-  demo_books.collect(books)
-  _announce(commands.prepare)
-  documents, _ = prepare_text.folder_documents(books, held_out=_HELD_OUT)
-  prepare_text.prepare(documents, data, vocabulary='bytes', vocab_size=0)
-
-
-def _write_prompt(workdir: Path) -> str:
-  """The opening of the longest held-out book; returns the command for it."""
-  documents = records.Documents(str(workdir / 'data'), 'validation')
-  longest = int(documents.num_tokens.argmax())
-  opening = documents.codec.decode(documents[longest]).encode()[:_PROMPT]
-  path = workdir / 'prompt.txt'
-  book = shlex.quote(str(workdir / 'books' / documents.info(longest).name))
-  command = f'head -c {_PROMPT} {book} > {shlex.quote(str(path))}'
-  if not path.exists():
-    _announce(command)
-    path.write_bytes(opening.decode(errors='ignore').encode())
-  return command
+  _report(workdir, plan, time.monotonic() - start)
 
 
 def _is_prepared(data: Path) -> bool:
@@ -145,16 +177,17 @@ def _is_prepared(data: Path) -> bool:
     for split in ('train', 'validation'):
       records.Documents(str(data), split)
   except UserError as error:
-    print(f'books: {error} (it is done now)')
+    print(f'data: {error} (it is done now)')
     return False
+  print(f'data: {data} is prepared')
   return True
 
 
-def _newest_step(workdir: Path) -> int:
+def _steps(workdir: Path) -> Sequence[int]:
   # Imported late, like the report: it takes seconds.
   from perceiver_ar import checkpoint
 
-  return max(checkpoint.saved_steps(workdir))
+  return checkpoint.saved_steps(workdir)
 
 
 def _step_of(path: Path) -> int | None:
@@ -165,31 +198,35 @@ def _step_of(path: Path) -> int | None:
     return None
 
 
-def _report(workdir: Path, commands: Commands, seconds: float) -> None:
+def _report(workdir: Path, plan: Plan, seconds: float) -> None:
   from perceiver_ar.report import document
 
-  path = document.write(workdir, commands.all())
-  bits = document.compare(workdir)
-  ours = next(iter(bits.values()))
+  path = document.write(workdir, plan.all())
+  report = json.loads((workdir / 'evaluation.json').read_text())
+  print()
+  if half := report.get('second_half'):
+    print(f'second half:   {half["accuracy"]:.4%} right')
+  else:
+    found = document.compare(workdir)
+    values = [f'{name} {value:.3f}' for name, value in found.values.items()]
+    print(f'held out:      {found.unit}: {", ".join(values)}')
   print(
-    f'\nheld-out text: {ours:.3f} bits per byte (xz -9: {bits["xz -9"]:.3f})\n'
     f'report:        {path}\n'
     f'samples:       {workdir / "samples"}\n'
     f'this took:     {seconds / 60:.1f} minutes'
   )
 
 
-def _announce(command: str) -> None:
-  print(f'\n$ {command}', flush=True)
+def _quoted(path: Path) -> str:
+  return shlex.quote(str(path))
 
 
 def _run(command: str) -> None:
-  """Runs a `perceiver-ar` command on the terminal that this one has."""
-  _announce(command)
-  _, *arguments = shlex.split(command)
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'perceiver_ar.main', *arguments]
-  )
+  """Runs a command on the terminal that this one has."""
+  print(f'\n$ {command}', flush=True)
+  program, *arguments = shlex.split(command)
+  module = ['-m', 'perceiver_ar.main'] if program == 'perceiver-ar' else []
+  process = subprocess.Popen([sys.executable, *module, *arguments])
   try:
     status = process.wait()
   except KeyboardInterrupt:

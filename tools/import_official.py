@@ -39,7 +39,7 @@ from official_files import Published
 
 from perceiver_ar import checkpoint, workdir
 from perceiver_ar.config import Config
-from perceiver_ar.data import text
+from perceiver_ar.data import tokens
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 
@@ -49,7 +49,7 @@ class _Data:
   """What a workdir keeps of a data set."""
 
   fingerprint: str
-  codec: text.Codec
+  codec: tokens.Codec
   layout: dict[str, Any]
 
 

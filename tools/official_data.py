@@ -16,7 +16,7 @@ import numpy as np
 from official_files import Published
 
 from perceiver_ar.config import ModelConfig
-from perceiver_ar.data import layouts, records, text, writer
+from perceiver_ar.data import layouts, records, text, tokens, writer
 from perceiver_ar.errors import UserError
 
 
@@ -128,7 +128,7 @@ def _positions(
 # As a data set.
 
 
-def codec(model: ModelConfig) -> text.Codec:
+def codec(model: ModelConfig) -> tokens.Codec:
   """What the ids mean, as far as their number tells."""
   if model.vocab_size == text.ByteCodec.vocab_size:
     return text.ByteCodec()
@@ -150,7 +150,7 @@ def documents(examples: Examples | None) -> list[np.ndarray]:
     if (inputs_T[1:] != targets_T[:-1]).any():
       raise UserError(f'the targets of row {row} are not its next inputs')
     tokens_T = np.concatenate([inputs_T, targets_T[-1:]])
-    tokens_T = tokens_T[tokens_T != text.PAD]
+    tokens_T = tokens_T[tokens_T != tokens.PAD]
     if len(tokens_T) < 2:
       raise UserError(f'row {row} has {len(tokens_T)} tokens')
     found.append(tokens_T)
@@ -204,24 +204,16 @@ def write(
   folder: Path,
   documents: list[np.ndarray],
   layout: dict[str, Any],
-  codec: text.Codec,
+  codec: tokens.Codec,
 ) -> records.Manifest:
   """Writes the split `validation`."""
-  with writer.Writer(folder, kind='text', positions=layout) as target:
-    target.set_vocabulary(
-      text.Vocabulary(
-        kind=codec.kind, size=codec.vocab_size, sha256=codec.sha256, file=''
-      )
-    )
+  with writer.Writer(
+    folder, kind='text', variant='', codec=codec, positions=layout
+  ) as target:
     for row, tokens_T in enumerate(documents):
-      # Ids stand for no text: without bytes and words, no unit has them.
-      is_text = isinstance(codec, text.ByteCodec)
-      content = codec.decode(tokens_T) if is_text else ''
-      target.add(
-        'validation',
-        tokens_T,
-        name=f'row {row}',
-        num_bytes=len(content.encode()),
-        num_words=len(content.split()),
-      )
+      counts = {}  # of ids, which stand for no text
+      if isinstance(codec, text.ByteCodec):
+        content = codec.decode(tokens_T)
+        counts = {'bytes': len(content.encode()), 'words': len(content.split())}
+      target.add('validation', tokens_T, name=f'row {row}', counts=counts)
   return records.Manifest.load(folder)

@@ -1,126 +1,144 @@
-"""Turns a folder of .txt files into a data set that the trainer reads.
+"""Turns texts into a data set that the trainer reads.
 
   python tools/prepare_text.py --input=BOOKS --output=DATA
 
-Every file is one document, kept to the byte. Some whole documents are held
-out as the split `validation`, chosen by their names alone, so that the same
-files give the same data set, byte for byte. Tokens are bytes, or subwords of
-a vocabulary that is trained on the split `train` only.
+The input is one of these, and is recognised:
+
+  a folder with .txt files, at any depth
+  PG-19: train/, validation/, test/ and metadata.csv
+  Wikitext-103 raw: wikitext-103-raw-v1.zip, or its folder
+  the parquet files of a mirror of either
+  .jsonl files, a text a line: "..." or {"text": "..."}
+
+Every text is one document, kept to the byte. Where nobody has split them,
+some whole documents are held out as the split `validation`, chosen by their
+names alone. Tokens are bytes; or subwords of a vocabulary that is trained on
+the split `train` only; or of one that you have. Equal input gives an equal
+data set, byte for byte. Interrupted, it goes on where it was.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import math
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import preparation
+import text_places
+import text_sources
 
-from perceiver_ar.data import layouts, records, text, writer
+from perceiver_ar.data import codecs, layouts, records, subwords, text, tokens
 from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 
+_MEGABYTE = 1_000_000
+_CONFIGS = {
+  'pg19': 'configs/books.py:pg19',
+  'wikitext-103-raw': 'configs/books.py:wikitext103',
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-  """A text that can be read when it is needed; `origin` is for messages."""
+class VocabularyOptions:
+  """What tokens are.
+
+  Attributes:
+    name: bytes, sentencepiece, or a file *.model or *.json.
+    size: of sentencepiece.
+    megabytes: of the training split, how much sentencepiece is trained on.
+  """
 
   name: str
-  split: str
-  origin: str
-  read: Callable[[], str]
+  size: int
+  megabytes: int
+
+
+BYTES = VocabularyOptions(name='bytes', size=0, megabytes=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+  """Makes a document of a text, with the vocabulary in a folder."""
+
+  vocabulary: tokens.Vocabulary
+  folder: str
+
+  def __call__(self, item: preparation.Item) -> preparation.Document:
+    data = _plain(text_places.read(item.source))
+    tokens_T = _opened(self.vocabulary, self.folder).read(data)
+    if len(tokens_T) < 2:
+      raise UserError(
+        f'it has {len(tokens_T)} tokens, and a document needs two; move it '
+        'elsewhere'
+      )
+    counts = {'bytes': len(data), 'words': len(data.decode().split())}
+    whole_T = np.concatenate([[tokens.SOS], tokens_T, [tokens.EOS]])
+    return preparation.Document(whole_T, counts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   args = _parse(argv)
-  try:
-    documents, num_ignored = folder_documents(
-      Path(args.input), held_out=args.held_out
-    )
-    if num_ignored:
-      print(f'{num_ignored} files in {args.input} are not .txt: ignored')
-    output = Path(args.output)
-    prepare(
-      documents,
-      output,
-      vocabulary=args.vocabulary,
-      vocab_size=args.vocab_size,
-    )
-  except UserError as error:
-    print(f'prepare_text: {error}', file=sys.stderr)
-    return 2
-  _print_summary(records.Manifest.load(output), output)
-  return 0
 
+  def work() -> None:
+    texts = text_sources.find(
+      args.input,
+      format=args.format,
+      held_out=args.held_out,
+      text_key=args.text_key,
+    )
+    print(*texts.notes, sep='\n')
+    vocabulary = VocabularyOptions(
+      args.vocabulary, args.vocab_size, args.vocab_megabytes
+    )
+    manifest = prepare(
+      texts,
+      args.output,
+      vocabulary,
+      workers=args.workers,
+      strict=args.strict,
+    )
+    preparation.summary(manifest, args.output)
+    _print_next(manifest, args.output)
 
-def folder_documents(
-  folder: Path, *, held_out: float
-) -> tuple[list[Document], int]:
-  """The .txt files below a folder by name, and how many others there are."""
-  if not 0 < held_out < 1:
-    raise UserError(
-      f'--held_out={held_out} must lie between 0 and 1: the share of the '
-      'documents that are not trained on'
-    )
-  if not folder.is_dir():
-    raise UserError(f'--input={folder} is no folder; give one with .txt files')
-  files = _files_below(folder)
-  names = sorted(name for name in files if name.lower().endswith('.txt'))
-  if not names:
-    raise UserError(
-      f'--input={folder} holds no .txt file; give a folder of plain text files'
-    )
-  if len(names) == 1:
-    raise UserError(
-      f'--input={folder} holds one document, {names[0]}, and one is held out; '
-      'add another, or cut it in two'
-    )
-  held = _held_out(names, held_out)
-  documents = [
-    Document(
-      name=name,
-      split='validation' if name in held else 'train',
-      origin=str(folder / name),
-      read=lambda path=folder / name: _read_text(path),
-    )
-    for name in names
-  ]
-  return documents, len(files) - len(names)
+  return preparation.run('prepare_text', work)
 
 
 def prepare(
-  documents: Sequence[Document],
+  texts: text_places.Texts,
   output: Path,
+  vocabulary: VocabularyOptions,
   *,
-  vocabulary: str,
-  vocab_size: int,
-) -> None:
-  """Writes the data set; `vocab_size` is that of sentencepiece."""
-  with writer.Writer(output, kind='text', positions=layouts.INDEX) as target:
-    _check(documents, vocabulary)
-    codec = text.ByteCodec()
-    file = ''
-    if vocabulary == 'sentencepiece':
-      file = text.MODEL_FILE
-      texts = [document for document in documents if document.split == 'train']
-      with Progress('read for the vocabulary', len(texts), 'documents') as bar:
-        text.train_sentencepiece(
-          _read_each(texts, bar), vocab_size, target.folder / file
-        )
-      codec = text.SentencePieceCodec(target.folder / file)
-    target.set_vocabulary(
-      text.Vocabulary(
-        kind=codec.kind, size=codec.vocab_size, sha256=codec.sha256, file=file
-      )
-    )
-    with Progress('write', len(documents), 'documents') as bar:
-      for document in documents:
-        _write(document, codec, target)
-        bar.advance(1)
+  workers: int,
+  strict: bool,
+) -> records.Manifest:
+  """Writes the data set, or goes on with one that was interrupted."""
+  file = _vocabulary_file(texts.items, output, vocabulary)
+  codec = _open_vocabulary(file)
+  about = dataclasses.replace(
+    tokens.vocabulary(codec), file=file.name if file else ''
+  )
+  return preparation.prepare(
+    texts.items,
+    TextEncoder(about, str(file.parent) if file else ''),
+    output=output,
+    kind='text',
+    variant=texts.variant,
+    codec=codec,
+    positions=layouts.INDEX,
+    job={},
+    unit='documents',
+    per_part=texts.per_part,
+    workers=workers,
+    strict=strict,
+    published=texts.published,
+  )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,16 +146,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument(
-    '--input', required=True, help='folder with .txt files, at any depth'
+    '--input', required=True, type=Path, help='what to read, see above'
   )
+  preparation.add_arguments(parser)
   parser.add_argument(
-    '--output', required=True, help='folder of the data set, made or replaced'
+    '--format',
+    choices=text_sources.FORMATS,
+    default='auto',
+    help='what the input is, if it is not recognised (auto)',
   )
   parser.add_argument(
     '--vocabulary',
-    choices=('bytes', 'sentencepiece'),
     default='bytes',
-    help='what a token is (bytes)',
+    help='what a token is: bytes, sentencepiece (trained here), or a file:\n'
+    '*.model of sentencepiece, or a Hugging Face tokenizer.json (bytes)',
   )
   parser.add_argument(
     '--vocab_size',
@@ -146,128 +168,132 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help='of sentencepiece (32000)',
   )
   parser.add_argument(
+    '--vocab_megabytes',
+    type=int,
+    default=256,
+    help='of the training split, what sentencepiece is trained on (256)',
+  )
+  parser.add_argument(
     '--held_out',
     type=float,
     default=0.05,
     help='share of the documents in the split validation (0.05)',
   )
+  parser.add_argument(
+    '--text_key',
+    default='text',
+    help='of JSONL: which string of an object is its text (text)',
+  )
   return parser.parse_args(argv)
 
 
-def _files_below(folder: Path) -> list[str]:
-  """Names of all files, relative to the folder, with / between the parts."""
-
-  def refuse(error: OSError) -> None:
-    raise UserError(
-      f'{error.filename} cannot be read ({error.strerror}); allow it with '
-      'chmod, or move it elsewhere'
-    ) from error
-
-  return [
-    (Path(parent) / name).relative_to(folder).as_posix()
-    for parent, _, names in os.walk(folder, onerror=refuse)
-    for name in names
-  ]
-
-
-def _held_out(names: list[str], share: float) -> set[str]:
-  """Which documents are validation: by name, so the rest may come and go."""
-  by_hash = sorted(
-    names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()
-  )
-  return set(by_hash[: min(math.ceil(share * len(names)), len(names) - 1)])
-
-
-def _read_text(path: Path) -> str:
-  try:
-    data = path.read_bytes()
-  except OSError as error:
-    raise UserError(
-      f'{path} cannot be read ({error.strerror}); allow it with chmod, or '
-      'move it elsewhere'
-    ) from error
+def _plain(data: bytes) -> bytes:
   if b'\0' in data:
     raise UserError(
-      f'{path} is no plain text: byte {data.index(0)} is 0; convert it with '
-      'iconv if it is UTF-16, else move it elsewhere'
+      f'it is no plain text: byte {data.index(0)} is 0; convert it with iconv '
+      'if it is UTF-16, else move it elsewhere'
     )
-  try:
-    return data.decode()
-  except UnicodeDecodeError as error:
+  return data
+
+
+@functools.lru_cache(1)
+def _opened(vocabulary: tokens.Vocabulary, folder: str) -> tokens.Codec:
+  return codecs.open_codec(vocabulary, layouts.INDEX, folder)
+
+
+def _open_vocabulary(file: Path | None) -> tokens.Codec:
+  if file is None:
+    return text.ByteCodec()
+  if file.suffix == '.json':
+    return text.TokenizersCodec(file)
+  return text.SentencePieceCodec(file)
+
+
+def _vocabulary_file(
+  items: Sequence[preparation.Item], output: Path, options: VocabularyOptions
+) -> Path | None:
+  """The user's own, or one that is trained unless it is there; None: bytes."""
+  if options.name == 'bytes':
+    return None
+  if options.name == 'sentencepiece':
+    return _trained(items, output, options)
+  file = Path(options.name)
+  if file.suffix not in ('.model', '.json'):
     raise UserError(
-      f'{path} is not UTF-8: byte {error.start} is {data[error.start]:#04x}; '
-      'convert it (iconv -f WINDOWS-1252 -t UTF-8, say), or move it elsewhere'
-    ) from error
+      f'--vocabulary={options.name} must be bytes, sentencepiece, or a file '
+      'that ends in .model (sentencepiece) or .json (tokenizer.json)'
+    )
+  return file
 
 
-def _check(documents: Sequence[Document], vocabulary: str) -> None:
-  """Reads everything once, so that a bad file is known before any work."""
-  with Progress('check', len(documents), 'documents') as bar:
-    for document in documents:
-      content = document.read()
-      if len(content.encode()) < 2:
-        raise UserError(
-          f'{document.origin} has {len(content)} characters, and a document '
-          'needs two; move it elsewhere'
-        )
-      if vocabulary == 'sentencepiece' and text.SPACE_MARK in content:
-        raise UserError(
-          f'{document.origin}: character {content.index(text.SPACE_MARK)} is '
-          'U+2581, which sentencepiece uses for a blank; replace it, or use '
-          '--vocabulary=bytes'
-        )
-      bar.advance(1)
+def _trained(
+  items: Sequence[preparation.Item], output: Path, options: VocabularyOptions
+) -> Path:
+  """Trains on the training split, or a part of it that its names decide."""
+  if options.megabytes < 1:
+    raise UserError(f'--vocab_megabytes={options.megabytes} must be at least 1')
+  train = [item for item in items if item.split == 'train']
+  sample = _sample(train, options.megabytes * _MEGABYTE)
+  about = [(item.name, item.source, item.stamp) for item in sample]
+  key = hashlib.sha256(json.dumps([options.size, about]).encode()).hexdigest()
+  name = f'{text.SENTENCEPIECE_FILE}'
+  file = preparation.work_folder(output) / f'vocabulary-{key[:16]}' / name
+  if file.exists():
+    print(f'vocabulary: {file} is trained')
+    return file
+  size = sum(text_places.size(item.source) for item in sample) / _MEGABYTE
+  print(
+    f'vocabulary: sentencepiece is trained on {len(sample):,} of the '
+    f'{len(train):,} training documents, {size:,.1f} MB'
+  )
+  with Progress('read for the vocabulary', len(sample), 'documents') as bar:
+    model = subwords.train_sentencepiece(_read_each(sample, bar), options.size)
+  file.parent.mkdir(exist_ok=True)
+  temporary = file.with_suffix('.tmp')
+  temporary.write_bytes(model)
+  temporary.replace(file)
+  return file
 
 
-def _read_each(documents: Sequence[Document], bar: Progress) -> Iterator[str]:
-  for document in documents:
-    yield document.read()
+def _sample(
+  items: Sequence[preparation.Item], budget: int
+) -> Sequence[preparation.Item]:
+  """All of them, or as many as fill the budget, by the hashes of their names.
+
+  They stay in order, which is the cheapest to read them in.
+  """
+  left = budget
+  chosen = set()
+  for item in sorted(
+    items,
+    key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest(),
+  ):
+    if left <= 0:
+      break
+    chosen.add(item.name)
+    left -= text_places.size(item.source)
+  return [item for item in items if item.name in chosen]
+
+
+def _read_each(
+  items: Sequence[preparation.Item], bar: Progress
+) -> Iterator[str]:
+  """The texts; those that are none are rejected when they are encoded."""
+  for item in items:
+    with contextlib.suppress(UserError):
+      yield text.as_text(_plain(text_places.read(item.source)))
     bar.advance(1, note='then they are fitted, which takes as long again')
 
 
-def _write(
-  document: Document, codec: text.Codec, target: writer.Writer
-) -> None:
-  content = document.read()
-  tokens_T = codec.encode(content)
-  if codec.decode(tokens_T) != content:
-    raise UserError(
-      f'{document.origin} does not survive {codec.kind}: its tokens decode to '
-      'another text; use --vocabulary=bytes'
-    )
-  if len(tokens_T) < 2:
-    raise UserError(
-      f'{document.origin} is {len(tokens_T)} tokens long, and a document '
-      'needs two; move it elsewhere, or use --vocabulary=bytes'
-    )
-  target.add(
-    document.split,
-    np.concatenate([[text.SOS], tokens_T, [text.EOS]]),
-    name=document.name,
-    num_bytes=len(content.encode()),
-    num_words=len(content.split()),
-  )
-
-
-def _print_summary(manifest: records.Manifest, output: Path) -> None:
-  columns = ('split', 'documents', 'bytes', 'words', 'tokens', 'bytes/token')
-  print(f'{columns[0]:12}' + ''.join(f'{name:>14}' for name in columns[1:]))
-  for name, split in sorted(manifest.splits.items()):
-    counts = (
-      split.num_documents,
-      split.num_bytes,
-      split.num_words,
-      split.num_tokens,
-    )
-    ratio = split.num_bytes / split.num_tokens
-    print(f'{name:12}' + ''.join(f'{n:14,}' for n in counts) + f'{ratio:14.2f}')
+def _print_next(manifest: records.Manifest, output: Path) -> None:
+  config = _CONFIGS.get(manifest.variant, 'configs/books.py:small')
   command = [
-    'perceiver-ar train --config=configs/books.py:small',
+    f'perceiver-ar train --config={config}',
     shlex.quote(f'--config.data.path={output}'),
   ]
-  if manifest.vocabulary.kind != 'bytes':
+  if manifest.vocabulary.kind != 'bytes' or manifest.variant in _CONFIGS:
     command.append(f'--config.model.vocab_size={manifest.vocabulary.size}')
-  print(f'{output} is complete. Next:')
+  print('Next:')
   print(' '.join([*command, '--workdir=runs/books']))
 
 

@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from perceiver_ar.data import layouts, records, text
+from perceiver_ar.data import layouts, records, text, tokens
 from perceiver_ar.errors import UserError
 
 _NUM_TRAIN = 2**31 - 1
@@ -20,15 +20,21 @@ _STREAMS = {'train': 0, 'validation': 1}
 class CopyDocuments:
   """Documents SOS, half, its mirror image, EOS, of `length` tokens.
 
-  Their unit is the byte: every token but SOS and EOS stands for one. They
-  have no words, and their codec writes ids, because the bytes are no text.
+  Their codec writes ids, because the noise is no text.
   """
 
-  vocab_size = 256 + text.NUM_RESERVED
-  layout = layouts.INDEX
+  kind = 'copy'
+  variant = ''
+  vocab_size = 256 + tokens.NUM_RESERVED
 
   def __init__(
-    self, split: str, *, length: int, num_eval_documents: int, seed: int
+    self,
+    split: str,
+    *,
+    length: int,
+    offset: int,
+    num_eval_documents: int,
+    seed: int,
   ):
     if split not in _STREAMS:
       raise UserError(
@@ -41,8 +47,14 @@ class CopyDocuments:
       )
     self.split = split
     self.longest = length
-    self.codec: text.Codec = text.IdsCodec(self.vocab_size)
+    self.counts: dict[str, int] = {}  # noise is no bytes of anything
+    # Short copies may stand where the middle of long ones does, so that what
+    # is learned about positions holds when they grow.
+    self.layout = layouts.INDEX | {'first': 1 + offset}
+    self.codec: tokens.Codec = text.IdsCodec(self.vocab_size)
     about = {'kind': 'copy', 'length': length, 'seed': seed}
+    if offset:
+      about['offset'] = offset
     self.fingerprint = hashlib.sha256(
       json.dumps(about, sort_keys=True).encode()
     ).hexdigest()
@@ -62,11 +74,11 @@ class CopyDocuments:
     bits = np.random.Philox(key=self._key, counter=[0, 0, 0, index])
     words = bits.random_raw(-(-num_noise // 8)).astype('<u8')
     noise = words.view(np.uint8)[:num_noise].astype(np.int32)
-    tokens = np.empty(self.longest, np.int32)
-    tokens[0], tokens[-1] = text.SOS, text.EOS
-    tokens[1 : 1 + num_noise] = noise + text.NUM_RESERVED
-    tokens[1 + num_noise : -1] = noise[::-1] + text.NUM_RESERVED
-    return tokens
+    tokens_T = np.empty(self.longest, np.int32)
+    tokens_T[0], tokens_T[-1] = tokens.SOS, tokens.EOS
+    tokens_T[1 : 1 + num_noise] = noise + tokens.NUM_RESERVED
+    tokens_T[1 + num_noise : -1] = noise[::-1] + tokens.NUM_RESERVED
+    return tokens_T
 
   @property
   def num_tokens(self) -> np.ndarray:
@@ -77,6 +89,5 @@ class CopyDocuments:
     return records.DocumentInfo(
       name=f'{self.split} {index}',
       num_tokens=self.longest,
-      num_bytes=self.longest - 2,
-      num_words=0,
+      counts={},
     )

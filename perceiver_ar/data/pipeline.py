@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from perceiver_ar.config import Config, DataConfig, ModelConfig
-from perceiver_ar.data import copy, layouts, records, text
+from perceiver_ar.data import copy, layouts, records, tokens
 from perceiver_ar.errors import UserError
 
 # Independent random streams of one seed.
@@ -24,6 +24,12 @@ _SHUFFLE, _CROP = 0, 1
 
 class DocumentSource(Protocol):
   """A split of a data set: complete token sequences, by index."""
+
+  @property
+  def kind(self) -> str: ...
+
+  @property
+  def variant(self) -> str: ...
 
   @property
   def vocab_size(self) -> int: ...
@@ -35,13 +41,16 @@ class DocumentSource(Protocol):
   def fingerprint(self) -> str: ...
 
   @property
-  def codec(self) -> text.Codec: ...
+  def codec(self) -> tokens.Codec: ...
 
   @property
   def longest(self) -> int: ...
 
   @property
   def num_tokens(self) -> np.ndarray: ...
+
+  @property
+  def counts(self) -> dict[str, int]: ...
 
   def __len__(self) -> int: ...
 
@@ -57,10 +66,18 @@ def open_documents(
     return copy.CopyDocuments(
       split,
       length=data.copy_length,
+      offset=data.copy_offset,
       num_eval_documents=data.num_eval_documents,
       seed=seed,
     )
   return records.Documents(data.path, split)
+
+
+def chosen_documents(num_documents: int, max_examples: int) -> list[int]:
+  """All documents, or `max_examples` of them evenly spread over the split."""
+  if not max_examples or max_examples >= num_documents:
+    return list(range(num_documents))
+  return [i * num_documents // max_examples for i in range(max_examples)]
 
 
 def check_compatible(model: ModelConfig, documents: DocumentSource) -> None:

@@ -15,22 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
-from perceiver_ar.data import layouts, text
+from perceiver_ar.data import codecs, layouts, tokens
 from perceiver_ar.errors import UserError
 
 MANIFEST = 'manifest.json'
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
   num_documents: int
+  num_rejected: int  # bad files; rejected.jsonl names them
   num_tokens: int  # as stored, SOS and EOS included
-  num_bytes: int
-  num_words: int
+  counts: dict[str, int]  # bytes, words, events, dims: what a loss is per
   longest: int  # tokens of the longest document
   file_size: int
   sha256: str  # of the record file
@@ -40,8 +39,7 @@ class Split:
 class DocumentInfo:
   name: str
   num_tokens: int
-  num_bytes: int
-  num_words: int
+  counts: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +47,9 @@ class Manifest:
   """What a prepared data set consists of."""
 
   version: int
-  kind: str
-  vocabulary: text.Vocabulary
+  kind: str  # text, music, images
+  variant: str  # which of the published sets, if it is one
+  vocabulary: tokens.Vocabulary
   positions: dict[str, Any]
   dtype: str
   splits: dict[str, Split]
@@ -80,12 +79,12 @@ class Manifest:
         f'{path} has version {raw["version"]!r}, and this program reads '
         f'{VERSION}; prepare the data set again'
       )
-    _check_keys(text.Vocabulary, raw['vocabulary'], path)
+    _check_keys(tokens.Vocabulary, raw['vocabulary'], path)
     _check_keys(None, raw['splits'], path)
     for split in raw['splits'].values():
       _check_keys(Split, split, path)
     splits = {name: Split(**split) for name, split in raw['splits'].items()}
-    vocabulary = text.Vocabulary(**raw['vocabulary'])
+    vocabulary = tokens.Vocabulary(**raw['vocabulary'])
     return cls(**{**raw, 'vocabulary': vocabulary, 'splits': splits})
 
   @classmethod
@@ -94,14 +93,14 @@ class Manifest:
     if not folder.is_dir():
       raise UserError(
         f'there is no folder {folder}; prepare a data set with '
-        'tools/prepare_text.py'
+        'tools/prepare_*.py'
       )
     try:
       content = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(
         f'{folder} is no prepared data set ({MANIFEST} is missing or '
-        'unreadable); prepare one with tools/prepare_text.py'
+        'unreadable); prepare one with tools/prepare_*.py'
       ) from error
     return cls.from_json(content, path)
 
@@ -112,7 +111,7 @@ class Documents:
   def __init__(self, path: str, split: str):
     if not path:
       raise UserError(
-        'data.path is empty; prepare a data set with tools/prepare_text.py '
+        'data.path is empty; prepare a data set with tools/prepare_*.py '
         'and pass --config.data.path=DIR'
       )
     folder = Path(path)
@@ -125,10 +124,12 @@ class Documents:
         f'{folder} has no split {split!r}; it has '
         f'{", ".join(self.manifest.splits)}'
       )
-    self._codec = text.open_codec(self.manifest.vocabulary, folder)
+    self._codec = codecs.open_codec(
+      self.manifest.vocabulary, self.layout, folder
+    )
     self._about = self.manifest.splits[split]
     self._file = record_file(folder, split)
-    self._infos = _read_infos(folder / f'{split}.jsonl', self._about)
+    self._listed = _read_list(folder / f'{split}.jsonl', self._about)
     self._source = _open_records(self._file, self._about)
 
   @property
@@ -144,19 +145,32 @@ class Documents:
     return self._about.longest
 
   @property
-  def codec(self) -> text.Codec:
+  def kind(self) -> str:
+    return self.manifest.kind
+
+  @property
+  def variant(self) -> str:
+    return self.manifest.variant
+
+  @property
+  def codec(self) -> tokens.Codec:
     return self._codec
 
   @property
   def num_tokens(self) -> np.ndarray:
     """The length of every document, SOS and EOS included."""
-    return np.array([info.num_tokens for info in self._infos], np.int64)
+    return self._listed.num_tokens
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Of the whole split; the published ones, where there are some."""
+    return self._about.counts
 
   def __len__(self) -> int:
-    return len(self._infos)
+    return len(self._listed.names)
 
   def info(self, index: int) -> DocumentInfo:
-    return self._infos[index]
+    return self._listed.info(index)
 
   def __getitem__(self, index: int) -> np.ndarray:
     try:
@@ -167,7 +181,7 @@ class Documents:
         'file or prepare the data set again'
       ) from error
     size = np.dtype(self.manifest.dtype).itemsize
-    expected = self._infos[index].num_tokens * size
+    expected = int(self.num_tokens[index]) * size
     if len(payload) != expected or expected < 2 * size:
       raise UserError(
         f'{self._file}: record {index} has {len(payload)} bytes, not '
@@ -207,22 +221,47 @@ def _check_keys(cls: Any, raw: Any, path: Path) -> None:
     )
 
 
-def _read_infos(path: Path, about: Split) -> list[DocumentInfo]:
+@dataclasses.dataclass(frozen=True)
+class _List:
+  """The list of documents in columns: there may be millions of them."""
+
+  names: list[str]
+  num_tokens: np.ndarray
+  counts: dict[str, np.ndarray]
+
+  def info(self, index: int) -> DocumentInfo:
+    return DocumentInfo(
+      name=self.names[index],
+      num_tokens=int(self.num_tokens[index]),
+      counts={unit: int(n[index]) for unit, n in self.counts.items()},
+    )
+
+
+def _read_list(path: Path, about: Split) -> _List:
+  names: list[str] = []
+  columns: list[tuple[int, ...]] = []
   try:
     with path.open(encoding='utf-8') as lines:
-      infos = [DocumentInfo(**json.loads(line)) for line in lines]
-  except (OSError, ValueError, TypeError) as error:
+      for line in lines:
+        info = DocumentInfo(**json.loads(line))
+        names.append(info.name)
+        each = (info.counts[unit] for unit in about.counts)
+        columns.append((info.num_tokens, *each))
+    table = np.array(columns, np.int64).reshape(-1, 1 + len(about.counts))
+  except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
     raise UserError(
       f'{path} cannot be read ({error}); prepare the data set again'
     ) from error
-  found = len(infos), sum(info.num_tokens for info in infos)
+  num_tokens = table[:, 0]
+  found = len(names), int(num_tokens.sum())
   if found != (about.num_documents, about.num_tokens):
     raise UserError(
       f'{path} lists {found[0]} documents with {found[1]} tokens, and the '
       f'manifest {about.num_documents} with {about.num_tokens}; prepare the '
       'data set again'
     )
-  return infos
+  counts = {unit: table[:, i + 1] for i, unit in enumerate(about.counts)}
+  return _List(names, num_tokens, counts)
 
 
 def _open_records(path: Path, about: Split) -> Any:
@@ -238,6 +277,9 @@ def _open_records(path: Path, about: Split) -> Any:
       f'{path} has {size} bytes, and the manifest says {about.file_size}; '
       'restore it or prepare the data set again'
     )
+  # Late, because it takes seconds, which those who only write need not wait.
+  import grain
+
   try:
     source: Any = grain.sources.ArrayRecordDataSource(str(path))
   except RuntimeError as error:

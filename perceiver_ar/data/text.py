@@ -1,131 +1,109 @@
 """Text to tokens and back, without losing a character.
 
-Every codec leaves 0 PAD, 1 EOS and 2 SOS (subwords: 3 unknown as well) to the
-trainer, and decodes whatever a model samples.
+Every codec leaves 0 PAD, 1 EOS and 2 SOS to the trainer, refuses a text that
+its tokens would not give back, and decodes whatever a model samples.
 """
 
-import dataclasses
+import abc
 import hashlib
-import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
+from perceiver_ar.data.tokens import EOS, NUM_RESERVED, PAD, SOS
 from perceiver_ar.errors import UserError
 
-PAD, EOS, SOS = 0, 1, 2
-NUM_RESERVED = 3
-_UNKNOWN = 3  # of sentencepiece; byte fallback leaves it without use
-MODEL_FILE = 'sentencepiece.model'
-SPACE_MARK = '\u2581'  # how sentencepiece writes a blank
-# Fixed, because the pieces depend on it in the last bit.
-_TRAINER_THREADS = 4
-_LINE_CHARACTERS = 1_000  # sentencepiece leaves out lines beyond 4192 bytes
+SENTENCEPIECE_FILE = 'sentencepiece.model'
+TOKENIZER_FILE = 'tokenizer.json'
+UNKNOWN = 3  # of our sentencepiece; byte fallback leaves it without use
+_REPLACEMENT = '\ufffd'  # where bytes are no text
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-  """How a prepared data set names its codec."""
+class TextCodec(abc.ABC):
+  """A codec (see `tokens.Codec`) whose artifacts are UTF-8 text files.
 
-  kind: str  # bytes, sentencepiece, ids
-  size: int
-  sha256: str
-  file: str  # in its folder; '' if the kind says it all
-
-
-class Codec(Protocol):
-  """What turns text into tokens (without SOS and EOS) and back.
-
-  `forbidden` are the ids that a sampler must never emit; `separator` stands
-  between the texts of neighbouring tokens.
+  `separator` stands between the texts of neighbouring tokens.
   """
 
   kind: str
   vocab_size: int
   sha256: str
-  forbidden: tuple[int, ...]
-  separator: str
+  forbidden: tuple[int, ...] = (PAD, SOS)
+  suffix = '.txt'
+  file = ''
+  model = b''
+  separator = ''
 
-  def encode(self, text: str) -> np.ndarray: ...
+  @abc.abstractmethod
+  def encode(self, text: str) -> np.ndarray:
+    """The tokens [T] int32 of a text; a UserError if any of it were lost."""
 
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+  @abc.abstractmethod
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of any ids; those that stand for none are skipped."""
+
+  def decode_further(self, ids: Sequence[int] | np.ndarray) -> str:
+    """What the ids add to a text that they go on from."""
+    return self.decode(ids)
+
+  def read(self, data: bytes) -> np.ndarray:
+    return self.encode(as_text(data))
+
+  def write(self, ids: Sequence[int] | np.ndarray) -> tuple[bytes, int]:
+    ids_T = np.asarray(ids, np.int64)
+    content = self.decode(ids_T)
+    symbols_T = self._symbols(ids_T)
+    num_repairs = int((ids_T >= NUM_RESERVED).sum()) - len(symbols_T)
+    if _REPLACEMENT in content and not self._gives(content, symbols_T):
+      num_repairs += content.count(_REPLACEMENT)
+    return content.encode(), num_repairs
+
+  def _symbols(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The ids that stand for text."""
+    ids_T = np.asarray(ids, np.int64)
+    is_symbol_T = (ids_T >= NUM_RESERVED) & (ids_T < self.vocab_size)
+    return ids_T[is_symbol_T & ~np.isin(ids_T, self.forbidden)]
+
+  def _gives(self, text: str, symbols_T: np.ndarray) -> bool:
+    """Whether the ids are those of the text, which then has that character."""
+    try:
+      return np.array_equal(self.encode(text), symbols_T)
+    except UserError:
+      return False
 
 
-class ByteCodec:
+def as_text(data: bytes) -> str:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'it is not UTF-8: byte {error.start} is {data[error.start]:#04x}; '
+      'convert it (iconv -f WINDOWS-1252 -t UTF-8, say), or move it elsewhere'
+    ) from error
+
+
+class ByteCodec(TextCodec):
   """The UTF-8 bytes, each three higher."""
 
   kind = 'bytes'
   vocab_size = 256 + NUM_RESERVED
   sha256 = hashlib.sha256(b'utf-8 bytes + 3').hexdigest()
-  forbidden: tuple[int, ...] = (PAD, SOS)
-  separator = ''
 
   def encode(self, text: str) -> np.ndarray:
     data = np.frombuffer(text.encode(), np.uint8)
     return data.astype(np.int32) + NUM_RESERVED
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    ids_T = np.asarray(ids, np.int64)
-    data = ids_T[ids_T >= NUM_RESERVED] - NUM_RESERVED
+    data = self._symbols(ids) - NUM_RESERVED
     return data.astype(np.uint8).tobytes().decode(errors='replace')
 
 
-class SentencePieceCodec:
-  """Subwords of a sentencepiece model that `train_sentencepiece` wrote."""
-
-  kind = 'sentencepiece'
-  forbidden: tuple[int, ...] = (PAD, SOS, _UNKNOWN)
-  separator = ''
-
-  def __init__(self, model_path: epath.PathLike):
-    self.model = _read(model_path)
-    self.sha256 = hashlib.sha256(self.model).hexdigest()
-    self._load()
-    processor = self._processor
-    reserved = (
-      processor.pad_id(),
-      processor.eos_id(),
-      processor.bos_id(),
-      processor.unk_id(),
-    )
-    if reserved != (PAD, EOS, SOS, _UNKNOWN):
-      raise UserError(
-        f'{model_path} has pad, eos, bos, unk = {reserved}, not (0, 1, 2, 3); '
-        'train the vocabulary with tools/prepare_text.py'
-      )
-    self.vocab_size = processor.vocab_size()
-
-  def _load(self) -> None:
-    spm = _import_sentencepiece()
-    try:
-      self._processor = spm.SentencePieceProcessor(model_proto=self.model)
-    except RuntimeError as error:
-      raise UserError(
-        f'the sentencepiece model cannot be read ({error}); prepare the data '
-        'set again'
-      ) from error
-
-  def encode(self, text: str) -> np.ndarray:
-    if SPACE_MARK in text:
-      at = text.index(SPACE_MARK)
-      raise UserError(
-        f'character {at} is U+2581, which sentencepiece uses for a blank; '
-        'replace it, or use --vocabulary=bytes'
-      )
-    return np.asarray(self._processor.encode(text), np.int32)
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return self._processor.decode([int(i) for i in ids if i > _UNKNOWN])
-
-
-class IdsCodec:
+class IdsCodec(TextCodec):
   """Decimal ids between blanks: for tokens that stand for no text."""
 
   kind = 'ids'
-  forbidden: tuple[int, ...] = (PAD, SOS)
   separator = ' '
 
   def __init__(self, vocab_size: int):
@@ -145,104 +123,145 @@ class IdsCodec:
     return np.asarray(ids, np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return ' '.join(str(int(i)) for i in ids if i >= NUM_RESERVED)
+    return ' '.join(str(i) for i in self._symbols(ids))
 
 
-def open_codec(vocabulary: Vocabulary, folder: epath.PathLike) -> Codec:
-  """The codec that the data set in this folder was prepared with."""
-  codec: Codec
-  if vocabulary.kind == 'bytes':
-    codec = ByteCodec()
-  elif vocabulary.kind == 'sentencepiece':
-    codec = SentencePieceCodec(epath.Path(folder) / vocabulary.file)
-  elif vocabulary.kind == 'ids':
-    codec = IdsCodec(vocabulary.size)
-  else:
-    raise UserError(
-      f'{folder}: vocabulary {vocabulary.kind!r} is unknown; it must be '
-      'bytes, sentencepiece or ids'
+class SubwordCodec(TextCodec):
+  """What subwords of any library have in common; ids may be moved up."""
+
+  _offset: int
+
+  def __init__(self, path: epath.PathLike):
+    self.model = _read(path)
+    self.sha256 = hashlib.sha256(self.model).hexdigest()
+
+  @abc.abstractmethod
+  def _to_ids(self, text: str) -> list[int]:
+    """As the library counts them."""
+
+  @abc.abstractmethod
+  def _to_text(self, ids: list[int]) -> str: ...
+
+  def encode(self, text: str) -> np.ndarray:
+    ids_T = np.asarray(self._to_ids(text), np.int32) + self._offset
+    back = self.decode(ids_T)
+    if back != text:
+      pairs = zip(text, back, strict=False)
+      at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(back))
+      raise UserError(
+        f'its character {at}, {text[at : at + 1]!r}, does not survive the '
+        f'{self.kind} vocabulary; replace it, or prepare the data with '
+        '--vocabulary=bytes'
+      )
+    return ids_T
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self._to_text((self._symbols(ids) - self._offset).tolist())
+
+  def decode_further(self, ids: Sequence[int] | np.ndarray) -> str:
+    # A decoder may take a blank off the start of a text.
+    first = self._to_ids('a')
+    further = (self._symbols(ids) - self._offset).tolist()
+    return self._to_text(first + further)[len(self._to_text(first)) :]
+
+
+class SentencePieceCodec(SubwordCodec):
+  """Subwords of a sentencepiece model, of ours or of the user's own.
+
+  A model that has our reserved ids keeps its ids; those of another are three
+  higher.
+  """
+
+  kind = 'sentencepiece'
+  file = SENTENCEPIECE_FILE
+
+  def __init__(self, path: epath.PathLike):
+    super().__init__(path)
+    spm = import_sentencepiece()
+    try:
+      processor = spm.SentencePieceProcessor(model_proto=self.model)
+    except RuntimeError as error:
+      raise UserError(
+        f'{path} is no sentencepiece model ({error}); check the file, or '
+        'prepare the data set again'
+      ) from error
+    self._processor = processor
+    reserved = (
+      processor.pad_id(),
+      processor.eos_id(),
+      processor.bos_id(),
+      processor.unk_id(),
     )
-  if (codec.vocab_size, codec.sha256) != (vocabulary.size, vocabulary.sha256):
-    raise UserError(
-      f'{folder}: the vocabulary is not the one that the manifest names (size '
-      f'{codec.vocab_size}, not {vocabulary.size}, or another checksum); '
-      'prepare the data set again'
-    )
-  return codec
+    is_ours = reserved == (PAD, EOS, SOS, UNKNOWN)
+    self._offset = 0 if is_ours else NUM_RESERVED
+    self.vocab_size = processor.vocab_size() + self._offset
+    without_text = {
+      i + self._offset
+      for i in range(processor.vocab_size())
+      if processor.is_unknown(i)
+      or processor.is_control(i)
+      or processor.is_unused(i)
+    }
+    self.forbidden = tuple(sorted({PAD, SOS} | without_text - {EOS}))
+
+  def _to_ids(self, text: str) -> list[int]:
+    return self._processor.encode(text)
+
+  def _to_text(self, ids: list[int]) -> str:
+    return self._processor.decode(ids)
 
 
-def save_codec(codec: Codec, folder: epath.PathLike) -> Vocabulary:
-  """Writes what `open_codec` needs to open it again."""
-  file = ''
-  if isinstance(codec, SentencePieceCodec):
-    file = MODEL_FILE
-    target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / file).write_bytes(codec.model)
-  return Vocabulary(
-    kind=codec.kind, size=codec.vocab_size, sha256=codec.sha256, file=file
-  )
+class TokenizersCodec(SubwordCodec):
+  """Subwords of a Hugging Face tokenizer.json, all ids three higher.
+
+  Texts that look like special tokens are plain text; the tokens themselves
+  are neither encoded nor sampled.
+  """
+
+  kind = 'tokenizers'
+  file = TOKENIZER_FILE
+  _offset = NUM_RESERVED
+
+  def __init__(self, path: epath.PathLike):
+    super().__init__(path)
+    try:
+      import tokenizers
+    except ImportError as error:
+      raise UserError(
+        'a tokenizer.json needs the package tokenizers; install it with pip '
+        "install 'perceiver-ar[prepare]'"
+      ) from error
+    try:
+      tokenizer = tokenizers.Tokenizer.from_str(self.model.decode())
+    except Exception as error:  # it raises nothing narrower
+      raise UserError(
+        f'{path} is no tokenizer.json ({error}); check the file, or prepare '
+        'the data set again'
+      ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, 'dropout', None):
+      tokenizer.model.dropout = None  # the same text, the same tokens
+    tokenizer.encode_special_tokens = True
+    self._tokenizer = tokenizer
+    known = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    self.vocab_size = max(known, default=-1) + 1 + self._offset
+    added = tokenizer.get_added_tokens_decoder()
+    usable = known - {i for i, token in added.items() if token.special}
+    unknown = getattr(tokenizer.model, 'unk_token', None)
+    if unknown is not None:
+      usable -= {tokenizer.token_to_id(unknown)}
+    symbols = {i + self._offset for i in usable} | {EOS}
+    self.forbidden = tuple(sorted(set(range(self.vocab_size)) - symbols))
+
+  def _to_ids(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def _to_text(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def train_sentencepiece(
-  texts: Iterable[str], vocab_size: int, path: epath.PathLike
-) -> None:
-  """Writes a unigram model that encodes any text without loss."""
-  spm = _import_sentencepiece()
-  model = io.BytesIO()
-  try:
-    spm.SentencePieceTrainer.train(
-      sentence_iterator=_lines(texts),
-      model_writer=model,
-      vocab_size=vocab_size,
-      model_type='unigram',
-      normalization_rule_name='identity',
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      allow_whitespace_only_pieces=True,
-      byte_fallback=True,
-      character_coverage=0.9999,
-      user_defined_symbols=['\n'],
-      split_digits=True,
-      pad_id=PAD,
-      eos_id=EOS,
-      bos_id=SOS,
-      unk_id=_UNKNOWN,
-      num_threads=_TRAINER_THREADS,
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise UserError(_why_not_trained(vocab_size, str(error))) from error
-  epath.Path(path).write_bytes(model.getvalue())
-
-
-def _why_not_trained(vocab_size: int, error: str) -> str:
-  # Its own words name its own options, and the place in its source.
-  if too_high := re.search(r'<= ([0-9]+)', error):
-    return (
-      f'--vocab_size={vocab_size} is too large for this text; use at most '
-      f'--vocab_size={too_high[1]}, or --vocabulary=bytes'
-    )
-  if too_low := re.search(r'[0-9]+ vs ([0-9]+)', error):
-    return (
-      f'--vocab_size={vocab_size} is too small for the characters of this '
-      f'text; use at least --vocab_size={too_low[1]}, or --vocabulary=bytes'
-    )
-  return (
-    f'sentencepiece cannot train --vocab_size={vocab_size} on this text '
-    f'({error.strip().splitlines()[-1]}); try another size, or '
-    '--vocabulary=bytes'
-  )
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-  for text in texts:
-    for line in text.split('\n'):
-      for start in range(0, len(line), _LINE_CHARACTERS):
-        yield line[start : start + _LINE_CHARACTERS]
-
-
-def _import_sentencepiece():
+def import_sentencepiece():
   try:
     import sentencepiece
   except ImportError as error:
@@ -258,8 +277,8 @@ def _read(path: epath.PathLike) -> bytes:
     return epath.Path(path).read_bytes()
   except OSError as error:
     raise UserError(
-      f'vocabulary file {path} cannot be read ({error.strerror}); prepare the '
-      'data set again'
+      f'vocabulary file {path} cannot be read ({error.strerror}); check the '
+      'name, or prepare the data set again'
     ) from error
 
 
@@ -272,7 +291,7 @@ class TextStream:
 
   _LONGEST = 3  # tokens that a cut character can leave behind, as bytes
 
-  def __init__(self, path: epath.PathLike, codec: Codec):
+  def __init__(self, path: epath.PathLike, codec: TextCodec):
     self._file = epath.Path(path).open('w', encoding='utf-8')
     self._codec = codec
     self._waiting: list[int] = []
@@ -282,7 +301,7 @@ class TextStream:
     self._waiting += [int(i) for i in ids]
     for cut in range(self._LONGEST + 1):
       ready = self._waiting[: len(self._waiting) - cut]
-      if not self._codec.decode(ready).endswith('\ufffd'):
+      if not self._decode(ready).endswith(_REPLACEMENT):
         self._flush(ready)
         return
     # Bytes that are no text; a character may still begin among the last.
@@ -292,8 +311,13 @@ class TextStream:
     self._flush(self._waiting)
     self._file.close()
 
+  def _decode(self, ids: list[int]) -> str:
+    if self._is_empty:
+      return self._codec.decode(ids)
+    return self._codec.decode_further(ids)
+
   def _flush(self, ids: list[int]) -> None:
-    if content := self._codec.decode(ids):
+    if content := self._decode(ids):
       joint = '' if self._is_empty else self._codec.separator
       self._file.write(joint + content)
       self._file.flush()

@@ -1,11 +1,14 @@
 """Writes a prepared data set (see `records.py`): all of it or nothing."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,9 +16,10 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from perceiver_ar.data import records, text
+from perceiver_ar.data import codecs, records, tokens
 from perceiver_ar.errors import UserError
 
+REJECTED = 'rejected.jsonl'  # what was not taken, one object a line
 # Grain reads single records, so each is a group of its own.
 _WRITER_OPTIONS = 'group_size:1,zstd:3'
 
@@ -29,13 +33,21 @@ class Writer:
   """
 
   def __init__(
-    self, path: Path, *, kind: str, positions: dict[str, Any]
+    self,
+    path: Path,
+    *,
+    kind: str,
+    variant: str,
+    codec: tokens.Codec,
+    positions: dict[str, Any],
   ) -> None:
     self._path = path.resolve()
     self._kind = kind
+    self._variant = variant
+    self._codec = codec
     self._positions = positions
-    self._vocabulary: text.Vocabulary | None = None
     self._files: dict[str, _SplitWriter] = {}
+    self._rejected: list[dict[str, str]] = []
     # Two writers never share one, nor does a new one meet a dead one's.
     self.folder = self._path.with_name(
       f'.{self._path.name}.{secrets.token_hex(4)}.partial'
@@ -52,33 +64,30 @@ class Writer:
       ) from error
     return self
 
-  def set_vocabulary(self, vocabulary: text.Vocabulary) -> None:
-    """To be called once, before `add`; its file belongs into `folder`."""
-    assert self._vocabulary is None
-    self._vocabulary = vocabulary
-
   def add(
-    self,
-    split: str,
-    tokens_T: np.ndarray,
-    *,
-    name: str,
-    num_bytes: int,
-    num_words: int,
+    self, split: str, tokens_T: np.ndarray, *, name: str, counts: dict[str, int]
   ) -> None:
-    assert self._vocabulary is not None
+    """Adds a complete document; all of a data set count the same units."""
     assert len(tokens_T) >= 2
-    assert tokens_T.min() >= 0 and tokens_T.max() < self._vocabulary.size
+    assert tokens_T.min() >= 0 and tokens_T.max() < self._codec.vocab_size
     if split not in self._files:
       self._files[split] = _SplitWriter(self.folder, split)
-    dtype = records.token_dtype(self._vocabulary.size)
+    dtype = records.token_dtype(self._codec.vocab_size)
     info = records.DocumentInfo(
-      name=name,
-      num_tokens=len(tokens_T),
-      num_bytes=num_bytes,
-      num_words=num_words,
+      name=name, num_tokens=len(tokens_T), counts=counts
     )
     self._files[split].add(tokens_T.astype(dtype).tobytes(), info)
+
+  def reject(self, split: str, name: str, reason: str) -> None:
+    """Says in the data set what is not in it."""
+    self._rejected.append({'split': split, 'name': name, 'reason': reason})
+
+  def publish(self, split: str, counts: dict[str, int]) -> None:
+    """Sets counts that everyone divides by in place of our own."""
+    self._files[split].published = counts
+
+  def num_documents(self, split: str) -> int:
+    return self._files[split].num_documents if split in self._files else 0
 
   def __exit__(
     self,
@@ -95,16 +104,25 @@ class Writer:
       shutil.rmtree(self.folder, ignore_errors=True)
 
   def _commit(self) -> None:
-    assert self._vocabulary is not None and self._files
+    assert self._files
+    splits = {}
+    for name, file in self._files.items():
+      rejected = [line for line in self._rejected if line['split'] == name]
+      splits[name] = file.summary(num_rejected=len(rejected))
     manifest = records.Manifest(
       version=records.VERSION,
       kind=self._kind,
-      vocabulary=self._vocabulary,
+      variant=self._variant,
+      vocabulary=codecs.save_codec(self._codec, self.folder),
       positions=self._positions,
-      dtype=records.token_dtype(self._vocabulary.size).name,
-      splits={name: file.summary() for name, file in self._files.items()},
+      dtype=records.token_dtype(self._codec.vocab_size).name,
+      splits=splits,
     )
+    if self._rejected:
+      lines = [json.dumps(line) + '\n' for line in self._rejected]
+      (self.folder / REJECTED).write_text(''.join(lines), encoding='utf-8')
     (self.folder / records.MANIFEST).write_text(manifest.to_json())
+    _flush(self.folder)
     check_replaceable(self._path)
     old = self.folder.with_suffix('.replaced')
     # A folder cannot be renamed onto a full one: the old one steps aside, and
@@ -113,6 +131,13 @@ class Writer:
       self._path.rename(old)
     self.folder.rename(self._path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+  """Forces files to disk, so that a power cut leaves no hollow data set."""
+  for path in folder.iterdir():
+    with path.open('rb') as file:
+      os.fsync(file.fileno())
 
 
 class _SplitWriter:
@@ -124,26 +149,46 @@ class _SplitWriter:
       str(self._records_path), _WRITER_OPTIONS
     )
     self._lines = (folder / f'{split}.jsonl').open('w', encoding='utf-8')
-    self._infos: list[records.DocumentInfo] = []
+    self.published: dict[str, int] | None = None
+    self.num_documents = 0
+    self._num_tokens = self._longest = 0
+    self._counts: collections.Counter[str] = collections.Counter()
 
   def add(self, payload: bytes, info: records.DocumentInfo) -> None:
-    self._records.write(payload)
+    with self._saying_why():
+      self._records.write(payload)
     self._lines.write(json.dumps(dataclasses.asdict(info)) + '\n')
-    self._infos.append(info)
+    assert not self.num_documents or set(info.counts) == set(self._counts)
+    self.num_documents += 1
+    self._num_tokens += info.num_tokens
+    self._longest = max(self._longest, info.num_tokens)
+    self._counts.update(info.counts)
 
   def close(self) -> None:
     self._lines.close()
-    self._records.close()
+    with self._saying_why():
+      self._records.close()
 
-  def summary(self) -> records.Split:
+  @contextlib.contextmanager
+  def _saying_why(self) -> Iterator[None]:
+    try:
+      yield
+    except RuntimeError as error:  # of a full disk, above all
+      reason = str(error).split(';')[0]
+      raise UserError(
+        f'{self._records_path.name} cannot be written ({reason}); make room '
+        'and run it again'
+      ) from error
+
+  def summary(self, *, num_rejected: int) -> records.Split:
     with self._records_path.open('rb') as file:
       digest = hashlib.file_digest(file, 'sha256').hexdigest()
     return records.Split(
-      num_documents=len(self._infos),
-      num_tokens=sum(info.num_tokens for info in self._infos),
-      num_bytes=sum(info.num_bytes for info in self._infos),
-      num_words=sum(info.num_words for info in self._infos),
-      longest=max(info.num_tokens for info in self._infos),
+      num_documents=self.num_documents,
+      num_rejected=num_rejected,
+      num_tokens=self._num_tokens,
+      counts=dict(self._counts) | (self.published or {}),
+      longest=self._longest,
       file_size=self._records_path.stat().st_size,
       sha256=digest,
     )
@@ -159,7 +204,7 @@ def check_replaceable(path: Path) -> None:
     raise UserError(
       f'{path} exists and is no prepared data set; choose another output folder'
     ) from error
-  ours = {records.MANIFEST, manifest.vocabulary.file}
+  ours = {records.MANIFEST, REJECTED, manifest.vocabulary.file}
   for split in manifest.splits:
     ours |= {records.record_file(path, split).name, f'{split}.jsonl'}
   for item in path.iterdir():

@@ -8,7 +8,7 @@ numbers give the same SVG, byte for byte.
 import html
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -83,6 +83,22 @@ def small_curve(title: str, points: Points, is_log: bool) -> str:
     axes.set_xlabel('step')
 
   return _svg(title.replace(' ', '-'), (3.6, 2.2), draw, f'{title} over steps')
+
+
+def bucket_curve(
+  title: str, buckets: Sequence[Mapping[str, Any]], is_log: bool
+) -> str:
+  """Means over ranges [first, end), each drawn over its range."""
+  edges = [b['first'] for b in buckets] + [buckets[-1]['end']]
+  losses = [b['nats_per_token'] for b in buckets]
+
+  def draw(axes: Any) -> None:
+    axes.stairs(losses, edges, baseline=None, color=_ACCENT, linewidth=1.4)
+    if is_log:
+      axes.set_xscale('log', base=2)
+    axes.set_title(title)
+
+  return _svg(title.replace(' ', '-'), (3.6, 2.2), draw, title)
 
 
 def bars(values: Mapping[str, float], unit: str) -> str:

@@ -22,15 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import evaluate, metrics
+from perceiver_ar import metrics
 from perceiver_ar import workdir as workdir_lib
 from perceiver_ar.config import Config, ModelConfig
-from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
-from perceiver_ar.report import charts, compressors, page
+from perceiver_ar.report import charts, comparison, page, samples
 
-_MODEL = 'this model'
+# What the evaluation may hold, its name and how many digits of it are shown.
+_UNITS = {
+  'bits_per_byte': ('bits per byte', 3),
+  'bits_per_dim': ('bits per dimension', 3),
+  'nats_per_event': ('nats per event', 3),
+  'word_perplexity': ('perplexity per word', 1),
+}
+# Where a token is one of these, a training loss is given in bits.
+_BITS = {'bytes': 'bits per byte', 'pixels': 'bits per dimension'}
 _MAX_POINTS = 1_000  # of a curve; beyond, a point is the mean of some steps
 _PACKAGES = (
   'perceiver-ar',
@@ -59,6 +66,7 @@ def write(workdir: Path, commands: Sequence[str]) -> Path:
     f'Perceiver AR: {workdir.resolve().name}',
     _headline(run),
     _comparison(run),
+    _buckets(run),
     _training(run),
     _samples(run),
     _settings(run),
@@ -71,16 +79,16 @@ def write(workdir: Path, commands: Sequence[str]) -> Path:
   return path
 
 
-def compare(workdir: Path) -> dict[str, float]:
-  """Bits per byte of the model and of compressors, on the same bytes.
+def compare(workdir: Path) -> comparison.Comparison:
+  """The model and simple codes, on the same held-out data.
 
   Raises:
-    UserError: there is no evaluation, or its bytes cannot be had any more.
+    UserError: there is no evaluation, or its data cannot be had any more.
   """
   run = _read(workdir)
   if run.evaluation is None:
     raise UserError(_no_evaluation(workdir))
-  return _compare(run, run.evaluation)
+  return comparison.compare(run.config, run.evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,7 @@ class _Run:
   workdir: Path
   config: Config
   num_parameters: int
-  is_bytes: bool  # a token is a byte
+  codec_kind: str
   steps: list[metrics.Row]
   evaluations: list[metrics.Row]  # during training
   evaluation: dict[str, Any] | None
@@ -104,7 +112,7 @@ def _read(workdir: Path) -> _Run:
     workdir=workdir,
     config=config,
     num_parameters=num_parameters(config.model),
-    is_bytes=workdir_lib.read_trained(workdir).codec.kind == 'bytes',
+    codec_kind=workdir_lib.read_trained(workdir).codec.kind,
     steps=steps,
     evaluations=evaluations,
     evaluation=_read_json(workdir / 'evaluation.json', 'evaluate'),
@@ -134,14 +142,16 @@ def _headline(run: _Run) -> str:
   """The few numbers that most people look for."""
   tiles = []
   if report := run.evaluation:
-    if 'bits_per_byte' in report:
-      tiles.append((_with_error(report, 'bits_per_byte', 3), 'bits per byte'))
-    else:
+    tiles += [
+      (_with_error(report, key, digits), name)
+      for key, (name, digits) in _UNITS.items()
+      if key in report
+    ]
+    if not tiles:
       tiles.append((f'{report["nats_per_token"]:.3f}', 'nats per token'))
-    if 'word_perplexity' in report:
-      value = _with_error(report, 'word_perplexity', 1)
-      tiles.append((value, 'perplexity per word'))
     tiles.append((f'{report["accuracy"]:.1%}', 'next tokens right'))
+    if half := report.get('second_half'):
+      tiles.append((f'{half["accuracy"]:.3%}', 'right in the second half'))
   tiles.append((f'{run.num_parameters:,}', 'parameters'))
   if run.steps:
     seconds = sum(row['seconds'] for row in run.steps)
@@ -155,12 +165,13 @@ def _evaluated(run: _Run) -> str:
   if report is None:
     return page.missing(_no_evaluation(run.workdir))
   counts = [f'{report["num_documents"]:,} documents']
-  for unit in ('bytes', 'words', 'tokens'):
-    if number := report[f'num_{unit}']:
+  for unit in ('bytes', 'words', 'events', 'dims', 'tokens'):
+    if number := report.get(f'num_{unit}'):
       counts.append(f'{number:,} {unit}')
+  variant = f' of {report["variant"]}' if report['variant'] else ''
   return page.note(
-    f'Held out: every token of the split {report["split"]} scored once '
-    f'({", ".join(counts)}) at step {report["step"]:,}, by blocks of '
+    f'Held out: every token of the split {report["split"]}{variant} scored '
+    f'once ({", ".join(counts)}) at step {report["step"]:,}, by blocks of '
     f'{report["stride"]:,} with {report["context_length"]:,} inputs and '
     f'{report["num_latents"]:,} latents, in '
     f'{page.duration(report["seconds"])}. After ± stands one standard error, '
@@ -177,56 +188,45 @@ def _with_error(report: Mapping[str, Any], key: str, digits: int) -> str:
 
 def _comparison(run: _Run) -> str:
   report = run.evaluation
-  if report is None:
+  if report is None or report['kind'] == 'copy':
     return ''
   try:
-    values = _compare(run, report)
+    found = comparison.compare(run.config, report)
   except UserError as error:
     return page.section(
-      'Against compressors',
+      'Against other codes',
       page.missing(f'The comparison is left out: {error}.'),
     )
+  is_bits = found.unit.startswith('bits')
   rows = [
-    (name, f'{bits:.3f}', f'{bits / 8 * report["num_bytes"]:,.0f}')
-    for name, bits in values.items()
+    (name, f'{x:.3f}', f'{x * found.total / (8 if is_bits else 1):,.0f}')
+    for name, x in found.values.items()
+  ]
+  total = 'bytes in all' if is_bits else 'nats in all'
+  return page.section(
+    found.title,
+    page.figure(charts.bars(found.values, found.unit)),
+    page.numbers((found.unit, total), rows),
+    page.note(found.note),
+  )
+
+
+def _buckets(run: _Run) -> str:
+  """How the loss falls with context, and with the depth of latents."""
+  report = run.evaluation
+  if report is None:
+    return ''
+  drawn = [
+    charts.bucket_curve(title, report[key], is_log)
+    for title, key, is_log in (
+      ('nats per token by position in its document', 'by_position', True),
+      ('nats per token by latent, from the first', 'by_latent', False),
+    )
   ]
   return page.section(
-    'Against compressors',
-    page.figure(charts.bars(values, 'bits per byte')),
-    page.numbers(('bits per byte', 'bytes in all'), rows),
-    page.note(
-      'All on the same held-out bytes, in a row; fewer is better. Order 0 is '
-      'the entropy of their own histogram: no code that looks at one byte at a '
-      'time does better. The model has read the training split before, the '
-      'compressors start from nothing.'
-    ),
+    'Where the loss is',
+    f'<div class="small">{"".join(map(page.figure, drawn))}</div>',
   )
-
-
-def _compare(run: _Run, report: Mapping[str, Any]) -> dict[str, float]:
-  if 'bits_per_byte' not in report:
-    raise UserError(
-      'the evaluated tokens stand for no bytes; prepare text to compare'
-    )
-  data = _evaluated_bytes(run, report)
-  return {_MODEL: report['bits_per_byte']} | compressors.bits_per_byte(data)
-
-
-def _evaluated_bytes(run: _Run, report: Mapping[str, Any]) -> bytes:
-  """What was evaluated, as it was before it became tokens."""
-  documents = pipeline.open_documents(
-    run.config.data, report['split'], seed=run.config.train.seed
-  )
-  chosen = evaluate.chosen_documents(len(documents), report['num_documents'])
-  num_bytes = sum(documents.info(i).num_bytes for i in chosen)
-  if num_bytes != report['num_bytes']:
-    raise UserError(
-      f'{report["num_bytes"]} bytes were evaluated, and data.path '
-      f'{run.config.data.path} now has {num_bytes} in as many documents of '
-      f'{report["split"]}; evaluate again'
-    )
-  texts = (documents.codec.decode(documents[i]) for i in chosen)
-  return b''.join(text.encode() for text in texts)
 
 
 def _training(run: _Run) -> str:
@@ -235,8 +235,8 @@ def _training(run: _Run) -> str:
       'Training', page.missing('No training step is logged yet.')
     )
   unit, scale = 'nats per token', 1.0
-  if run.is_bytes:
-    unit, scale = 'bits per byte', 1 / math.log(2)
+  if run.codec_kind in _BITS:
+    unit, scale = _BITS[run.codec_kind], 1 / math.log(2)
   raw, window, smooth = _loss_points(run.steps, scale)
   evaluations = (
     np.array([row['step'] for row in run.evaluations]),
@@ -314,31 +314,7 @@ def _samples(run: _Run) -> str:
     how.append(f'top p {about["top_p"]:g}')
   if about['top_k']:
     how.append(f'top k {about["top_k"]}')
-  parts = [
-    page.note(
-      f'Drawn at step {about["step"]:,} with {", ".join(how)}, seed '
-      f'{about["seed"]}, {about["tokens_per_second"]:,.0f} tokens a second, '
-      'not chosen among others.'
-    )
-  ]
-  if about['prompt']:
-    parts += [page.heading('prompt', ''), page.verbatim(about['prompt'])]
-  parts += [_sample(run.workdir / 'samples', s) for s in about['samples']]
-  return page.section('Samples', *parts)
-
-
-def _sample(folder: Path, about: Mapping[str, Any]) -> str:
-  path = folder / about['file']
-  try:
-    text = path.read_text(encoding='utf-8', errors='replace')
-  except FileNotFoundError as error:
-    raise UserError(
-      f'{path} is missing, which samples.json names; run perceiver-ar sample '
-      'again'
-    ) from error
-  end = ', ended by itself' if about['ended'] else ''
-  title = page.heading(about['file'], f'{about["num_tokens"]:,} tokens{end}')
-  return f'{title}\n{page.verbatim(text)}'
+  return samples.section(run.workdir / 'samples', about)
 
 
 def _settings(run: _Run) -> str:

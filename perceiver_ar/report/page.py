@@ -40,6 +40,8 @@ p { margin: .6rem 0; overflow-wrap: anywhere; }
 .tiles i { font-size: .85rem; white-space: nowrap; }
 .tiles span { font-size: .8rem; color: var(--muted); }
 figure { margin: .8rem 0; }
+img { display: block; max-width: 100%; background: #fff; }
+audio { width: 100%; }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
 .small {
   display: grid; gap: 0 1.5rem;
@@ -115,6 +117,14 @@ def missing(text: str) -> str:
 
 def figure(svg: str) -> str:
   return f'<figure>{svg}</figure>'
+
+
+def link(target: str, name: str) -> str:
+  return f'<p><a href="{escape(target)}">{escape(name)}</a></p>'
+
+
+def audio(source: str) -> str:
+  return f'<audio controls preload="none" src="{escape(source)}"></audio>'
 
 
 def verbatim(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from perceiver_ar import config as config_lib
-from perceiver_ar.data import layouts, text, writer
+from perceiver_ar.data import layouts, text, tokens, writer
 
 _DEFAULT = pathlib.Path(__file__).parents[2] / 'configs' / 'default.py'
 
@@ -42,24 +42,17 @@ def write_data(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
   ) -> pathlib.Path:
     codec = text.ByteCodec()
     path = tmp_path / name
-    with writer.Writer(path, kind='text', positions=positions) as target:
-      target.set_vocabulary(
-        text.Vocabulary(
-          kind=codec.kind,
-          size=codec.vocab_size,
-          sha256=codec.sha256,
-          file='',
-        )
-      )
+    with writer.Writer(
+      path, kind='text', variant='', codec=codec, positions=positions
+    ) as target:
       for split in ('train', 'validation'):
         for d, length in enumerate(lengths):
           noise = 3 + (7 * d + np.arange(length - 2)) % 256
           target.add(
             split,
-            np.concatenate([[text.SOS], noise, [text.EOS]]),
+            np.concatenate([[tokens.SOS], noise, [tokens.EOS]]),
             name=f'{d}.txt',
-            num_bytes=length - 2,
-            num_words=d,
+            counts={'bytes': length - 2, 'words': d},
           )
     return path
 

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from perceiver_ar.data import pipeline, text
+from perceiver_ar.data import pipeline, tokens
 from perceiver_ar.errors import UserError
 
 _LENGTHS = (2, 3, 9, 17, 18, 40, 60)  # 7 documents, 12 batches of 8: 13 epochs
@@ -50,12 +50,12 @@ def _differ(one, other) -> bool:
 
 def _document(tokens_T, positions_MP) -> int:
   """Which document of `write_data` a row with noise in it is from."""
-  at = np.flatnonzero(tokens_T[:-1] >= text.NUM_RESERVED)[0]
+  at = np.flatnonzero(tokens_T[:-1] >= tokens.NUM_RESERVED)[0]
   noise = int(tokens_T[at]) - 3 - (int(positions_MP[at, 0]) - 2)
   return noise % 256 // 7
 
 
-@pytest.mark.parametrize('kind', ['text', 'copy'])
+@pytest.mark.parametrize('kind', ['prepared', 'copy'])
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_hosts_share_the_rows_of_one_global_batch(open_train, kind, hosts):
   config, documents = open_train({'data.kind': kind, 'data.copy_length': 20})
@@ -72,7 +72,7 @@ def test_hosts_share_the_rows_of_one_global_batch(open_train, kind, hosts):
     assert sum(shares) % 2**64 == pipeline.digest(batch, 0)
 
 
-@pytest.mark.parametrize('kind', ['text', 'copy'])
+@pytest.mark.parametrize('kind', ['prepared', 'copy'])
 @pytest.mark.parametrize('first_step', [1, 5, 11, 12, 13])
 def test_a_run_continues_at_any_step(open_train, kind, first_step):
   config, documents = open_train({'data.kind': kind, 'data.copy_length': 20})

@@ -36,7 +36,7 @@ def test_documents_come_back_as_they_were_written(write_data):
   assert documents[1].tolist() == [2, 10, 11, 12, 1]
   assert documents[2].dtype == np.int32 and len(documents[2]) == 300
   assert documents.info(1) == records.DocumentInfo(
-    name='1.txt', num_tokens=5, num_bytes=3, num_words=1
+    name='1.txt', num_tokens=5, counts={'bytes': 3, 'words': 1}
   )
   assert (len(documents), documents.longest) == (3, 300)
   assert (documents.vocab_size, documents.codec.kind) == (259, 'bytes')
@@ -58,7 +58,7 @@ def test_the_manifest_sums_up_each_split(write_data):
   manifest = records.Manifest.load(write_data([4, 9]))
   train = manifest.splits['train']
   assert (train.num_documents, train.num_tokens, train.longest) == (2, 13, 9)
-  assert (train.num_bytes, train.num_words) == (9, 1)
+  assert train.counts == {'bytes': 9, 'words': 1}
   assert manifest.dtype == 'uint16'
 
 
@@ -104,7 +104,7 @@ def test_a_manifest_of_another_form_is_refused(write_data, change, match):
 @pytest.mark.parametrize(
   ('path', 'match'),
   [
-    ('', r'data\.path is empty; .*tools/prepare_text\.py .*--config\.data\.'),
+    ('', r'data\.path is empty; .*tools/prepare_\*\.py .*--config\.data\.'),
     ('{tmp}/nowhere', 'there is no folder .*nowhere'),
     ('{tmp}', 'is no prepared data set'),
   ],

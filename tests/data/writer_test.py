@@ -1,23 +1,30 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from perceiver_ar.data import layouts, records, text, writer
 from perceiver_ar.errors import UserError
 
-_BYTES = text.Vocabulary(
-  kind='bytes', size=259, sha256=text.ByteCodec.sha256, file=''
-)
+
+def _writer(path):
+  return writer.Writer(
+    path,
+    kind='text',
+    variant='',
+    codec=text.ByteCodec(),
+    positions=layouts.INDEX,
+  )
 
 
 def _write(path, content: str, fail: bool = False) -> None:
-  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
-    target.set_vocabulary(_BYTES)
+  with _writer(path) as target:
     tokens_T = text.ByteCodec().encode(content)
-    target.add('train', tokens_T, name='a', num_bytes=1, num_words=1)
+    target.add('train', tokens_T, name='a', counts={'bytes': len(tokens_T)})
     if fail:
       raise RuntimeError('interrupted')
 
@@ -41,12 +48,10 @@ def test_a_killed_write_leaves_nothing_that_looks_complete(tmp_path):
   code = (
     'import sys, time; from pathlib import Path\n'
     'from perceiver_ar.data import layouts, text, writer\n'
-    "with writer.Writer(Path(sys.argv[1]), kind='text',"
-    ' positions=layouts.INDEX) as target:\n'
-    "  target.set_vocabulary(text.Vocabulary(kind='bytes', size=259,"
-    " sha256='', file=''))\n"
+    "with writer.Writer(Path(sys.argv[1]), kind='text', variant='',"
+    ' codec=text.ByteCodec(), positions=layouts.INDEX) as target:\n'
     "  target.add('train', text.ByteCodec().encode('abc'), name='a',"
-    ' num_bytes=3, num_words=1)\n'
+    " counts={'bytes': 3})\n"
     "  print('added', flush=True); time.sleep(60)\n"
   )
   process = subprocess.Popen(
@@ -71,6 +76,32 @@ def test_a_data_set_is_replaced_as_a_whole(tmp_path):
   _write(tmp_path / 'set', 'defgh')
   assert len(records.Documents(str(tmp_path / 'set'), 'train')[0]) == 5
   assert [path.name for path in tmp_path.iterdir()] == ['set']
+
+
+def test_what_is_rejected_is_named_and_counted(tmp_path):
+  with _writer(tmp_path / 'set') as target:
+    target.add('train', np.array([2, 5, 1]), name='a', counts={'bytes': 1})
+    target.reject('train', 'b', 'not UTF-8')
+  manifest = records.Manifest.load(tmp_path / 'set')
+  assert manifest.splits['train'].num_rejected == 1
+  line = (tmp_path / 'set' / writer.REJECTED).read_text()
+  assert json.loads(line) == {
+    'split': 'train',
+    'name': 'b',
+    'reason': 'not UTF-8',
+  }
+  _write(tmp_path / 'set', 'abc')  # the list is a part of the data set
+
+
+def test_published_counts_take_the_place_of_our_own(tmp_path):
+  with _writer(tmp_path / 'set') as target:
+    for name in 'ab':
+      target.add('train', np.array([2, 5, 1]), name=name, counts={'words': 3})
+    assert target.num_documents('train') == 2
+    target.publish('train', {'words': 7})
+  documents = records.Documents(str(tmp_path / 'set'), 'train')
+  assert documents.counts == {'words': 7}
+  assert documents.info(0).counts == {'words': 3}
 
 
 def test_an_empty_folder_is_filled(tmp_path):

@@ -14,26 +14,33 @@ from tiny import make_config, make_params
 from perceiver_ar import workdir
 from perceiver_ar.data import layouts, pipeline, text, writer
 from perceiver_ar.errors import UserError
-from perceiver_ar.report import charts, compressors, document
+from perceiver_ar.report import baselines, charts, document
 
 TEXTS = [
   f'Book {i}: ' + 'the sea, the whale & the <sea>. ' * (i + 3) for i in range(5)
+]
+BUCKETS = [
+  {'first': 1, 'end': 4, 'nats_per_token': 2.0},
+  {'first': 4, 'end': 8, 'nats_per_token': 1.0},
 ]
 COMMANDS = ['perceiver-ar train --workdir="a & b"', 'perceiver-ar sample']
 
 
 def prepare(path, texts):
   codec = text.ByteCodec()
-  with writer.Writer(path, kind='text', positions=layouts.INDEX) as target:
-    target.set_vocabulary(text.save_codec(codec, path))
+  with writer.Writer(
+    path, kind='text', variant='', codec=codec, positions=layouts.INDEX
+  ) as target:
     for split in ('train', 'validation'):
       for i, content in enumerate(texts):
         target.add(
           split,
-          np.concatenate([[text.SOS], codec.encode(content), [text.EOS]]),
+          np.concatenate([[2], codec.encode(content), [1]]),
           name=f'{i}.txt',
-          num_bytes=len(content.encode()),
-          num_words=len(content.split()),
+          counts={
+            'bytes': len(content.encode()),
+            'words': len(content.split()),
+          },
         )
 
 
@@ -65,6 +72,8 @@ def evaluate(run, chosen, **changes):
   about = {
     'step': 7,
     'split': 'validation',
+    'kind': 'text',
+    'variant': '',
     'num_documents': len(chosen),
     'num_tokens': sum(len(TEXTS[i]) + 1 for i in chosen),
     'num_bytes': sum(len(TEXTS[i].encode()) for i in chosen),
@@ -79,20 +88,25 @@ def evaluate(run, chosen, **changes):
     'num_latents': 8,
     'context_length': 24,
     'seconds': 3.0,
+    'by_position': BUCKETS,
+    'by_latent': BUCKETS,
   } | changes
   about = {key: value for key, value in about.items() if value != 'absent'}
   (run / 'evaluation.json').write_text(json.dumps(about))
 
 
-def sample(run, texts, prompt=''):
+def sample(run, texts):
   folder = run / 'samples'
   folder.mkdir()
   files = [f'sample-{i}.txt' for i in range(len(texts))]
   for file, content in zip(files, texts, strict=True):
     (folder / file).write_text(content, encoding='utf-8')
-  samples = [{'file': f, 'num_tokens': 9, 'ended': True} for f in files]
+  samples = [
+    {'file': f, 'prompt': 0, 'num_tokens': 9, 'ended': True} for f in files
+  ]
   about = {'step': 7, 'seed': 3, 'temperature': 0.5, 'top_p': 1.0, 'top_k': 0}
-  about |= {'prompt': prompt, 'tokens_per_second': 10.0, 'samples': samples}
+  about |= {'prompts': [{'name': '', 'num_tokens': 0}], 'samples': samples}
+  about |= {'tokens_per_second': 10.0}
   (folder / 'samples.json').write_text(json.dumps(about))
 
 
@@ -154,7 +168,7 @@ def test_everything_is_escaped(run):
 def test_charts_on_one_page_do_not_share_ids(run):
   page = Page(write_all(run))
   ids = [value for name, value in page.attributes if name == 'id']
-  assert page.tags.count('svg') == 4
+  assert page.tags.count('svg') == 6
   assert len(ids) == len(set(ids))
   refs = {value for name, value in page.attributes if name == 'href'}
   refs |= {
@@ -176,7 +190,7 @@ def test_compressors_get_the_very_bytes_that_were_evaluated(run):
   for chosen in (range(5), [0, 2], [0]):
     evaluate(run, chosen)
     data = ''.join(TEXTS[i] for i in chosen).encode()
-    bits = document.compare(run)
+    bits = document.compare(run).values
     assert next(iter(bits.values())) == 1.984
     assert bits['xz -9'] == 8 * len(lzma.compress(data, preset=9)) / len(data)
     assert f'{bits["gzip -9"]:.3f}' in write(run)
@@ -220,7 +234,7 @@ def test_standard_errors_stand_where_there_are_some(run):
 
 
 def test_tokens_that_are_no_text_have_no_bits_per_byte(run):
-  gone = {'num_bytes': 0, 'num_words': 0, 'word_perplexity': 'absent'}
+  gone = {'num_words': 0, 'word_perplexity': 'absent'}
   evaluate(run, range(5), bits_per_byte='absent', **gone)
   content = write(run)
   assert 'nats per token' in content and '1.375' in content
@@ -286,6 +300,52 @@ def test_without_matplotlib_the_extra_is_named(run, monkeypatch):
 
 
 def test_order_0_is_the_entropy_of_the_histogram():
-  assert compressors.bits_per_byte(bytes(range(256)))['order 0'] == 8
-  assert compressors.bits_per_byte(b'aaaa')['order 0'] == 0
-  assert compressors.bits_per_byte(b'abab')['order 0'] == 1
+  assert baselines.bits_per_byte(bytes(range(256)))['order 0'] == 8
+  assert baselines.bits_per_byte(b'aaaa')['order 0'] == 0
+  assert baselines.bits_per_byte(b'abab')['order 0'] == 1
+
+
+def test_bigrams_fall_back_on_what_they_have_seen_little_of():
+  train = [np.array([2, 3, 4] * 50 + [1])] * 4
+  held_out = [np.array([2, 3, 4, 2, 3])]
+  nats = baselines.nats_of_ngrams(train, held_out, 6)
+  assert nats['uniform'] == pytest.approx(4 * np.log(6))
+  assert nats['bigram'] < nats['unigram'] < nats['uniform']
+  unseen = baselines.nats_of_ngrams(train, [np.array([5, 0])], 6)
+  assert np.isfinite(unseen['bigram'])
+  # Without a training split nothing is known.
+  nothing = baselines.nats_of_ngrams([], held_out, 6)
+  assert nothing['bigram'] == pytest.approx(nothing['uniform'])
+
+
+def test_flat_pictures_cost_next_to_nothing_as_png():
+  flat = np.zeros((64, 64, 3), np.uint8)
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  assert baselines.png_bits([flat]) < 0.1 * 8 * flat.size
+  assert 8 * noise.size < baselines.png_bits([noise]) < 8.2 * noise.size
+
+
+def test_pictures_are_in_the_page_and_sounds_beside_it(run):
+  folder = run / 'samples'
+  sample(run, [])
+  about = json.loads((folder / 'samples.json').read_text())
+  for file in ('sample-0.mid', 'sample-0.png', 'sample-0.wav', 'grid.png'):
+    (folder / file).write_bytes(file.encode())
+  about['samples'] = [
+    {
+      'file': 'sample-0.mid',
+      'prompt': 0,
+      'num_tokens': 9,
+      'ended': False,
+      'repairs': 2,
+      'piano_roll': 'sample-0.png',
+      'audio': 'sample-0.wav',
+    }
+  ]
+  about['grid'] = 'grid.png'
+  (folder / 'samples.json').write_text(json.dumps(about))
+  page = Page(content := write(run))
+  sources = [value for name, value in page.attributes if name == 'src']
+  assert len(sources) == 3 and sources[2] == 'samples/sample-0.wav'
+  assert all(s.startswith('data:image/png;base64,') for s in sources[:2])
+  assert '2 repairs' in content and 'samples/sample-0.mid' in content

@@ -1,6 +1,7 @@
 """The demo makes what is missing, in order, and says what it runs."""
 
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,23 +14,33 @@ from typing import Any
 
 import pytest
 
-from perceiver_ar.report import document
+from perceiver_ar.report import comparison, document
 
 _PYTHON = sys.executable
 _ROOT = pathlib.Path(__file__).parents[2]
 
-# Stands for Python: notes `-m perceiver_ar.main COMMAND ...`, and leaves what
-# that command would leave.
+# Stands for Python: notes what it is to run, and leaves what that would leave.
 _STUB = """#!{python}
-import json, pathlib, signal, sys, time
-assert sys.argv[1:3] == ['-m', 'perceiver_ar.main']
+import json, os, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
-command, *flags = sys.argv[3:]
+if sys.argv[1] == '-m':
+  assert sys.argv[2] == 'perceiver_ar.main'
+  command, *flags = sys.argv[3:]
+else:
+  command, *flags = sys.argv[1:]
 with (here / 'called').open('a') as log:
   log.write(json.dumps([command, *flags]) + '\\n')
 behaviour = json.loads((here / 'behaviour').read_text())
 if command == behaviour.get('fails'):
   sys.exit(behaviour['status'])
+if command.startswith('tools/demo_'):
+  books = pathlib.Path(flags[0].split('=', 1)[1])
+  books.mkdir(parents=True, exist_ok=True)
+  for number in range(5):
+    (books / f'{{number}}.txt').write_text(f'Book {{number}}. ' * 20)
+  sys.exit()
+if command.startswith('tools/'):
+  os.execv({python!r}, [{python!r}, command, *flags])
 workdir = pathlib.Path(flags[-1].split('=', 1)[1])
 step = behaviour['step']
 if command == behaviour.get('waits'):
@@ -40,6 +51,7 @@ if command == behaviour.get('waits'):
   signal.signal(signal.SIGINT, save)
   (here / 'waiting').touch()
   time.sleep(60)
+workdir.mkdir(parents=True, exist_ok=True)
 folder = workdir / dict(sample='samples').get(command, '.')
 folder.mkdir(exist_ok=True)
 if command == 'train':
@@ -80,32 +92,26 @@ def stage(tmp_path):
 
 @pytest.fixture
 def tool(stage, monkeypatch):
-  """The module, among five books."""
+  """The module, with a stub for what it runs."""
   monkeypatch.chdir(_ROOT)
   monkeypatch.syspath_prepend(str(_ROOT / 'tools'))
   module: Any = importlib.import_module('demo')
   monkeypatch.setattr(module.sys, 'executable', str(stage.stub))
-
-  def collect(output):
-    output.mkdir(parents=True)
-    for number in range(5):
-      (output / f'{number}.txt').write_text(f'Book {number}. ' * 20)
-
-  monkeypatch.setattr(module.demo_books, 'collect', collect)
   module.reported = []
   monkeypatch.setattr(
     document,
     'write',
     lambda path, commands: module.reported.append(commands) or path / 'r.html',
   )
-  monkeypatch.setattr(
-    document, 'compare', lambda path: {'this model': 2.125, 'xz -9': 2.5}
+  found = comparison.Comparison(
+    '', 'bits per byte', {'this model': 2.125, 'xz -9': 2.5}, 1, ''
   )
+  monkeypatch.setattr(document, 'compare', lambda path: found)
   return module
 
 
-def run(tool, stage):
-  return tool.main([f'--workdir={stage.workdir}'])
+def run(tool, stage, what='books'):
+  return tool.main([f'--what={what}', f'--workdir={stage.workdir}'])
 
 
 def names(calls):
@@ -120,24 +126,24 @@ def test_every_step_runs_in_order_and_as_printed(tool, stage, capsys):
   assert [shlex.split(line)[1] for line in typed] == [
     'tools/demo_books.py',
     'tools/prepare_text.py',
-    '-c',  # of head, for the prompt
     'train',
     'evaluate',
     'sample',
   ]
-  assert [shlex.split(line)[1:] for line in typed[3:]] == stage.called()
+  assert [shlex.split(line)[1:] for line in typed] == stage.called()
   for wanted in ('2.125', '2.500', 'r.html', 'samples', 'minutes'):
     assert wanted in out
 
 
-def test_the_printed_preparation_gives_the_same_data(tool, stage, capsys):
-  assert run(tool, stage) == 0
-  data = stage.workdir / 'data'
-  made = (data / 'manifest.json').read_bytes()
-  out = capsys.readouterr().out
-  typed = next(line for line in out.splitlines() if 'prepare_text' in line)
-  tool.prepare_text.main(shlex.split(typed)[3:])
-  assert (data / 'manifest.json').read_bytes() == made
+def test_copies_grow_and_go_on_from_each_other(tool, stage):
+  assert run(tool, stage, 'copy') == 0
+  called = stage.called()
+  assert names(called) == 5 * ['train'] + ['evaluate', 'sample']
+  for before, after in itertools.pairwise(called[:5]):
+    workdir = before[-1].removeprefix('--workdir=')
+    assert f'--config.checkpoint.init_from={workdir}' in after
+  assert run(tool, stage, 'copy') == 0
+  assert names(stage.called()) == ['train']  # which says that it is done
 
 
 def test_what_is_there_is_not_made_again(tool, stage, capsys):
@@ -164,9 +170,13 @@ def test_half_a_result_is_made_again(tool, stage):
   stage.called()
   (stage.workdir / 'evaluation.json').write_text('{"step": 1')
   (stage.workdir / 'data' / 'train.array_record').write_bytes(b'torn')
-  (stage.workdir / 'books').rename(stage.workdir / 'put away')
   assert run(tool, stage) == 0
-  assert names(stage.called()) == ['train', 'evaluate']
+  assert names(stage.called()) == [
+    'tools/demo_books.py',
+    'tools/prepare_text.py',
+    'train',
+    'evaluate',
+  ]
   tool.records.Documents(str(stage.workdir / 'data'), 'train')
 
 

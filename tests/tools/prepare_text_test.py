@@ -1,21 +1,20 @@
+"""What is downloaded becomes a data set, kept to the byte or named."""
+
 import hashlib
+import json
 import os
 import pathlib
-import runpy
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from prepared_texts import TOOL, jsonl_file, run, texts_of
 
-from perceiver_ar.data import records, text
+from perceiver_ar.data import records, tokens
 
-_TOOL = pathlib.Path(__file__).parents[2] / 'tools' / 'prepare_text.py'
-
-
-@pytest.fixture(scope='module')
-def main():
-  return runpy.run_path(str(_TOOL))['main']
+_SUBWORDS = ['--vocabulary=sentencepiece', '--vocab_size=290']
 
 
 @pytest.fixture
@@ -32,42 +31,36 @@ def books(tmp_path):
   return folder
 
 
-def _run(main, books, output, *more: str) -> int:
-  return main([f'--input={books}', f'--output={output}', *more])
-
-
 def _content(folder: pathlib.Path) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-  'options', [[], ['--vocabulary=sentencepiece', '--vocab_size=290']]
-)
-def test_documents_are_kept_to_the_byte(main, books, tmp_path, options):
-  assert _run(main, books, tmp_path / 'out', *options) == 0
+@pytest.mark.parametrize('options', [[], _SUBWORDS])
+def test_documents_are_kept_to_the_byte(books, tmp_path, options):
+  assert run(books, tmp_path / 'out', *options) == 0
   names = set()
   for split in ('train', 'validation'):
     documents = records.Documents(str(tmp_path / 'out'), split)
     for index in range(len(documents)):
-      tokens, info = documents[index], documents.info(index)
+      tokens_T, info = documents[index], documents.info(index)
       content = (books / info.name).read_bytes()
-      assert documents.codec.decode(tokens).encode() == content
-      assert (tokens[0], tokens[-1]) == (text.SOS, text.EOS)
-      assert info.num_tokens == len(tokens)
-      assert info.num_bytes == len(content)
-      assert info.num_words == len(content.decode().split())
+      assert documents.codec.write(tokens_T) == (content, 0)
+      assert (tokens_T[0], tokens_T[-1]) == (tokens.SOS, tokens.EOS)
+      assert info.num_tokens == len(tokens_T)
+      assert info.counts == {
+        'bytes': len(content),
+        'words': len(content.decode().split()),
+      }
       names.add(info.name)
   assert len(names) == 30
 
 
-@pytest.mark.parametrize(
-  'options', [[], ['--vocabulary=sentencepiece', '--vocab_size=290']]
-)
-def test_equal_texts_give_equal_files(main, books, tmp_path, options):
-  assert _run(main, books, tmp_path / 'one', *options) == 0
-  assert _run(main, books, tmp_path / 'two', *options) == 0
+@pytest.mark.parametrize('options', [[], _SUBWORDS])
+def test_equal_texts_give_equal_files(books, tmp_path, options):
+  assert run(books, tmp_path / 'one', *options) == 0
+  assert run(books, tmp_path / 'two', *options) == 0
   assert _content(tmp_path / 'one') == _content(tmp_path / 'two')
-  assert _run(main, books, tmp_path / 'one', *options) == 0  # in place
+  assert run(books, tmp_path / 'one', *options) == 0  # in place
   assert _content(tmp_path / 'one') == _content(tmp_path / 'two')
 
 
@@ -75,9 +68,9 @@ def test_equal_texts_give_equal_files(main, books, tmp_path, options):
   ('share', 'expected'), [(0.05, 2), (0.1, 3), (0.001, 1), (0.999, 29)]
 )
 def test_whole_documents_are_held_out_by_their_names(
-  main, books, tmp_path, share, expected
+  books, tmp_path, share, expected
 ):
-  assert _run(main, books, tmp_path / 'out', f'--held_out={share}') == 0
+  assert run(books, tmp_path / 'out', f'--held_out={share}') == 0
   held = records.Documents(str(tmp_path / 'out'), 'validation')
   train = records.Documents(str(tmp_path / 'out'), 'train')
   held_names = {held.info(i).name for i in range(len(held))}
@@ -91,15 +84,13 @@ def test_whole_documents_are_held_out_by_their_names(
   assert max(map(digest, held_names)) < min(map(digest, train_names))
 
 
-def test_the_vocabulary_is_learnt_from_the_training_split_only(
-  main, books, tmp_path
-):
-  options = ['--vocabulary=sentencepiece', '--vocab_size=290']
-  assert _run(main, books, tmp_path / 'one', *options) == 0
+def test_the_vocabulary_is_learnt_from_the_training_split_only(books, tmp_path):
+  options = _SUBWORDS
+  assert run(books, tmp_path / 'one', *options) == 0
   held = records.Documents(str(tmp_path / 'one'), 'validation')
   for index in range(len(held)):
     (books / held.info(index).name).write_text('zebra quagga okapi ' * 500)
-  assert _run(main, books, tmp_path / 'two', *options) == 0
+  assert run(books, tmp_path / 'two', *options) == 0
   vocabularies = [
     (tmp_path / name / 'sentencepiece.model').read_bytes()
     for name in ('one', 'two')
@@ -107,19 +98,21 @@ def test_the_vocabulary_is_learnt_from_the_training_split_only(
   assert vocabularies[0] == vocabularies[1]
 
 
-def test_it_ends_with_a_summary_and_the_next_command(
-  main, books, tmp_path, capsys
-):
+def test_it_ends_with_a_summary_and_the_next_command(books, tmp_path, capsys):
   (books / 'notes.md').write_text('not a book')
   output = tmp_path / 'my books'
-  options = ['--vocabulary=sentencepiece', '--vocab_size=290']
-  assert _run(main, books, output, *options) == 0
+  options = _SUBWORDS
+  assert run(books, output, *options) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].startswith('1 files') and 'ignored' in lines[0]
-  assert lines[1].split() == (
-    ['split', 'documents', 'bytes', 'words', 'tokens', 'bytes/token']
+  assert lines[0] == f'{books}: 28 train, 2 validation .txt files'
+  assert lines[1] == f'1 files in {books} are not .txt: ignored'
+  assert lines[2].startswith(
+    'vocabulary: sentencepiece is trained on 28 of the 28 training documents'
   )
-  assert lines[2].startswith('train') and lines[3].startswith('validation')
+  assert lines[3].split() == (
+    ['split', 'documents', 'rejected', 'tokens', 'bytes', 'words']
+  )
+  assert lines[4].startswith('train') and lines[5].startswith('validation')
   assert lines[-1] == (
     'perceiver-ar train --config=configs/books.py:small '
     f"'--config.data.path={output}' --config.model.vocab_size=290 "
@@ -141,6 +134,17 @@ def _no_text(books):
   ('damage', 'options', 'said'),
   [
     (lambda b: b.rename(b.parent / 'gone'), [], 'books is no folder'),
+    (lambda b: None, ['--vocabulary=words'], '--vocabulary=words must be'),
+    (lambda b: None, ['--vocabulary=no.model'], 'no.model cannot be read'),
+    (lambda b: None, ['--workers=0'], '--workers=0 must be at least 1'),
+    (
+      lambda b: None,
+      [*_SUBWORDS, '--vocab_megabytes=0'],
+      '--vocab_megabytes=0 must be',
+    ),
+    (lambda b: None, ['--format=jsonl'], 'holds no lines in .jsonl files'),
+    (lambda b: None, ['--format=pg19'], 'holds no books'),
+    (lambda b: None, ['--format=wikitext'], 'holds no articles'),
     (_no_text, [], 'holds no .txt file'),
     (_one_only, [], 'holds one document, shelf'),
     (
@@ -151,28 +155,32 @@ def _no_text(books):
     (
       lambda b: (b / 'latin.txt').write_bytes('Brontë'.encode('cp1252')),
       [],
-      'latin.txt is not UTF-8: byte 5 is 0xeb; convert it (iconv',
+      'such as latin.txt: it is not UTF-8: byte 5 is 0xeb; convert it (iconv',
     ),
     (
       lambda b: (b / 'wide.txt').write_bytes('ab'.encode('utf-16-le')),
       [],
-      'wide.txt is no plain text: byte 1 is 0',
+      'wide.txt: it is no plain text: byte 1 is 0',
     ),
     (
       lambda b: (b / 'photo.txt').write_bytes(bytes(range(1, 256))),
       [],
-      'photo.txt is not UTF-8: byte 127',
+      'photo.txt: it is not UTF-8: byte 127',
     ),
     (
       lambda b: (b / 'empty.txt').write_text(''),
       [],
-      'empty.txt has 0 characters',
+      'empty.txt: it has 0 tokens',
     ),
-    (lambda b: (b / 'a.txt').write_text('a'), [], 'a.txt has 1 characters'),
+    (
+      lambda b: (b / 'a.txt').write_text('a'),
+      [],
+      'a.txt: it has 1 tokens, and a document needs two',
+    ),
     (
       lambda b: (b / 'mark.txt').write_text('ab\u2581'),
-      ['--vocabulary=sentencepiece', '--vocab_size=290'],
-      'mark.txt: character 2 is U+2581',
+      _SUBWORDS,
+      "mark.txt: its character 2, '▁', does not survive",
     ),
     (
       lambda b: None,
@@ -200,34 +208,35 @@ def _no_text(books):
   ],
 )
 def test_a_mistake_ends_in_one_sentence(
-  main, books, tmp_path, capsys, damage, options, said
+  books, tmp_path, capsys, damage, options, said
 ):
   damage(books)
-  before = sorted(path.name for path in tmp_path.iterdir())
-  assert _run(main, books, tmp_path / 'out', *options) == 2
+  existed = (tmp_path / 'out').exists()
+  assert run(books, tmp_path / 'out', *options) == 2
   message = capsys.readouterr().err
   assert message.startswith('prepare_text: ') and message.count('\n') == 1
   assert said in message
-  assert sorted(path.name for path in tmp_path.iterdir()) == before
+  assert (tmp_path / 'out').exists() == existed
+  assert not list(tmp_path.glob('.*.partial'))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may read every file')
 def test_files_and_folders_that_may_not_be_read_are_named(
-  main, books, tmp_path, capsys
+  books, tmp_path, capsys
 ):
   for path in (books / 'shelf 1', books / 'shelf 2' / '2.txt'):
     mode = path.stat().st_mode
     path.chmod(0)
-    assert _run(main, books, tmp_path / 'out') == 2
+    assert run(books, tmp_path / 'out') == 2
     path.chmod(mode)
     assert f'{path} cannot be read (Permission' in capsys.readouterr().err
 
 
 def test_a_missing_sentencepiece_names_the_extra(
-  main, books, tmp_path, capsys, monkeypatch
+  books, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, 'sentencepiece', None)
-  assert _run(main, books, tmp_path / 'out', '--vocabulary=sentencepiece') == 2
+  assert run(books, tmp_path / 'out', '--vocabulary=sentencepiece') == 2
   message = capsys.readouterr().err
   assert 'perceiver-ar[prepare]' in message and message.count('\n') == 1
   assert not (tmp_path / 'out').exists()
@@ -235,7 +244,7 @@ def test_a_missing_sentencepiece_names_the_extra(
 
 def test_the_script_itself_exits_with_status_2(tmp_path):
   result = subprocess.run(
-    [sys.executable, str(_TOOL), f'--input={tmp_path}/no', '--output=o'],
+    [sys.executable, str(TOOL), f'--input={tmp_path}/no', '--output=o'],
     capture_output=True,
     text=True,
     cwd=tmp_path,
@@ -244,3 +253,112 @@ def test_the_script_itself_exits_with_status_2(tmp_path):
   assert result.returncode == 2
   assert result.stderr.startswith('prepare_text: ')
   assert result.stderr.count('\n') == 1 and not result.stdout
+
+
+def test_a_folder_that_someone_has_split_stays_so(books, tmp_path):
+  (books / 'shelf 0').rename(books / 'validation')
+  (books / 'shelf 1').rename(books / 'train')
+  (books / 'shelf 2').rename(books / 'test')
+  assert run(books, tmp_path / 'out') == 0
+  texts = texts_of(tmp_path / 'out')
+  assert all(
+    name.startswith(f'{split}/') for split in texts for name in texts[split]
+  )
+  assert sorted(texts) == ['test', 'train', 'validation']
+
+
+def _tokenizer_json(path):
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  model = models.BPE({token: i for i, token in enumerate(alphabet)}, [])
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.save(str(path))
+
+
+def test_a_vocabulary_of_the_user_goes_into_the_data_set(books, tmp_path):
+  assert run(books, tmp_path / 'trained', *_SUBWORDS) == 0
+  (tmp_path / 'trained' / 'sentencepiece.model').rename(tmp_path / 'my.model')
+  _tokenizer_json(tmp_path / 'my.json')
+  for name, kind in (('my.model', 'sentencepiece'), ('my.json', 'tokenizers')):
+    output = tmp_path / kind
+    assert run(books, output, f'--vocabulary={tmp_path / name}') == 0
+    manifest = records.Manifest.load(output)
+    assert manifest.vocabulary.kind == kind
+    file = output / manifest.vocabulary.file
+    assert file.read_bytes() == (tmp_path / name).read_bytes()
+    texts = texts_of(output)
+    for book, content in (texts['train'] | texts['validation']).items():
+      assert content == (books / book).read_bytes()
+
+
+def test_a_large_split_is_sampled_by_the_names_of_its_documents(
+  tmp_path, capsys
+):
+  rng = np.random.default_rng(0)
+  words = ['ship', 'sea', 'whale', 'captain']
+  lines = [json.dumps(' '.join(rng.choice(words, 20_000))) for _ in range(30)]
+  path = jsonl_file(tmp_path / 'in', lines)
+  size = ['--vocabulary=sentencepiece', '--vocab_size=285']
+  assert run(path, tmp_path / 'one', *size, '--vocab_megabytes=1') == 0
+  assert '9 of the 28 training documents, 1.' in capsys.readouterr().out
+  # A document that is not in the sample may change.
+  names = [f'mine.jsonl:{i}' for i in range(1, 31)]
+  by_hash = sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())
+  sample = by_hash[2:11]  # two are held out
+  other = next(i for i in range(30) if names[i] not in sample)
+  lines[other] = json.dumps('zebra ' * 500)
+  path.write_text(''.join(f'{line}\n' for line in lines))
+  assert run(path, tmp_path / 'two', *size, '--vocab_megabytes=1') == 0
+  models = [
+    (tmp_path / name / 'sentencepiece.model').read_bytes()
+    for name in ('one', 'two')
+  ]
+  assert models[0] == models[1]
+  lines[names.index(sample[0])] = json.dumps('zebra ' * 500)
+  path.write_text(''.join(f'{line}\n' for line in lines))
+  assert run(path, tmp_path / 'two', *size, '--vocab_megabytes=1') == 0
+  assert (tmp_path / 'two' / 'sentencepiece.model').read_bytes() != models[0]
+
+
+def _tool(*arguments: str, **more):
+  return subprocess.Popen(
+    [sys.executable, str(TOOL), *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **more,
+  )
+
+
+def test_killed_and_with_other_workers_it_gives_the_same_bytes(tmp_path):
+  rng = np.random.default_rng(0)
+  words = ['ship', 'sea', 'whale', 'captain', 'Émile', '漢字']
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  for number in range(240):
+    content = ' '.join(rng.choice(words, 2_000))
+    (folder / f'{number}.txt').write_text(content)
+  options = ['--vocabulary=sentencepiece', '--vocab_size=280']
+  options += ['--vocab_megabytes=1']
+  assert run(folder, tmp_path / 'whole', *options) == 0
+  arguments = [f'--input={folder}', f'--output={tmp_path / "out"}', *options]
+  process = _tool(*arguments, '--workers=1')
+  deadline = time.monotonic() + 60
+  parts = tmp_path / '.out.preparing' / 'parts'
+  while not list(parts.glob('*.jsonl')):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.kill()
+  process.communicate()
+  assert not (tmp_path / 'out').exists()
+  assert 1 <= len(list(parts.glob('*.jsonl'))) < 15
+  process = _tool(*arguments, '--workers=4')
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert 'sentencepiece.model is trained' in out
+  assert _content(tmp_path / 'out') == _content(tmp_path / 'whole')
+  assert not parts.exists()

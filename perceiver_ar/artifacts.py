@@ -1,0 +1,305 @@
+"""Prompts and samples as files that people read, hear or look at.
+
+A text is written while it is drawn. Music and pictures are written when they
+are finished, with their prompt: a MIDI file with a piano roll and, where there
+is a synthesizer, its sound; a PNG, and one picture of all.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from perceiver_ar.config import SampleConfig
+from perceiver_ar.data import (
+  audio_render,
+  image,
+  music,
+  piano_roll,
+  text,
+  tokens,
+)
+from perceiver_ar.data import pipeline as pipeline_lib
+from perceiver_ar.errors import UserError
+from perceiver_ar.progress import Progress
+from perceiver_ar.sample import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What samples go on from, and what it was cut from, without SOS and EOS."""
+
+  name: str
+  tokens_T: np.ndarray
+  original_T: np.ndarray | None
+
+
+NOTHING = Prompt('', np.zeros((0,), np.int32), None)
+
+
+def read_prompt(codec: tokens.Codec, path: str, length: int) -> Prompt:
+  """A file as a prompt; of its tokens only the first `length`, unless 0."""
+  try:
+    data = epath.Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(
+      f'--prompt={path} cannot be read ({error.strerror}); check the name'
+    ) from error
+  try:
+    tokens_T = codec.read(data)
+  except UserError as error:
+    raise UserError(f'--prompt={path}: {error}') from error
+  return _cut(epath.Path(path).name, tokens_T, length)
+
+
+def document_prompts(
+  documents: pipeline_lib.DocumentSource, number: int, length: int
+) -> list[Prompt]:
+  """The beginnings of documents, evenly spread over their split."""
+  chosen = pipeline_lib.chosen_documents(len(documents), number)
+  prompts = []
+  for index in chosen:
+    tokens_T = documents[index]
+    is_symbol_T = (tokens_T != tokens.SOS) & (tokens_T != tokens.EOS)
+    prompts.append(
+      _cut(documents.info(index).name, tokens_T[is_symbol_T], length)
+    )
+  return prompts
+
+
+def _cut(name: str, tokens_T: np.ndarray, length: int) -> Prompt:
+  if not length or length >= len(tokens_T):
+    return Prompt(name, tokens_T, None)
+  return Prompt(name, tokens_T[:length], tokens_T)
+
+
+class Sample(Protocol):
+  """One artifact that is being drawn."""
+
+  def write(self, ids_T: np.ndarray) -> None: ...
+
+  def close(self) -> dict[str, Any]:
+    """Completes the files; what samples.json says about them."""
+    ...
+
+
+def open_sample(
+  codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
+) -> Sample:
+  if isinstance(codec, text.TextCodec):
+    return _Text(codec, path)
+  return _Whole(codec, path, prompt_T)
+
+
+class _Text:
+  """Streams what is drawn; the prompt stays in its own file."""
+
+  def __init__(self, codec: text.TextCodec, path: epath.Path):
+    self._stream = text.TextStream(path, codec)
+
+  def write(self, ids_T: np.ndarray) -> None:
+    self._stream.write(ids_T)
+
+  def close(self) -> dict[str, Any]:
+    self._stream.close()
+    return {}
+
+
+class _Whole:
+  def __init__(
+    self, codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
+  ):
+    self._codec, self._path = codec, path
+    self._prompt_T = prompt_T
+    self._drawn: list[np.ndarray] = [prompt_T]
+
+  def write(self, ids_T: np.ndarray) -> None:
+    self._drawn.append(ids_T)
+
+  def close(self) -> dict[str, Any]:
+    ids_T = np.concatenate(self._drawn)
+    return write(self._codec, self._path, ids_T, len(self._prompt_T))
+
+
+def write(
+  codec: tokens.Codec, path: epath.Path, ids_T: np.ndarray, num_prompt: int
+) -> dict[str, Any]:
+  """Writes an artifact and its companions; what samples.json says of them."""
+  data, num_repairs = codec.write(ids_T)
+  path.write_bytes(data)
+  about: dict[str, Any] = {'repairs': num_repairs}
+  if isinstance(codec, music.MusicCodec):
+    about |= _music_companions(codec, path, ids_T, num_prompt)
+  return about
+
+
+def _music_companions(
+  codec: music.MusicCodec, path: epath.Path, ids_T: np.ndarray, num_prompt: int
+) -> dict[str, Any]:
+  mark = codec.seconds(ids_T[:num_prompt]) if num_prompt else None
+  roll = path.with_suffix('.png')
+  notes = codec.decode(ids_T).notes
+  roll.write_bytes(piano_roll.piano_roll_png(notes, mark=mark))
+  wav = path.with_suffix('.wav')
+  reason = audio_render.render_wav(path, wav)
+  sound = {'no_audio': reason} if reason else {'audio': wav.name}
+  return {'piano_roll': roll.name} | sound
+
+
+def _write_grid(
+  codec: image.ImageCodec, path: epath.Path, rows: Sequence[Sequence[Any]]
+) -> None:
+  """One picture: a row for each prompt, with all that came of it."""
+  pictures = [codec.decode(ids_T)[0] for row in rows for ids_T in row]
+  path.write_bytes(image.grid_png(pictures, columns=len(rows[0])))
+
+
+def write_samples(
+  sampler: Sampler,
+  codec: tokens.Codec,
+  prompts: Sequence[Prompt],
+  how: SampleConfig,
+  folder: epath.PathLike,
+) -> dict[str, Any]:
+  """Draws samples of every prompt and writes them to FOLDER/sample-I.*.
+
+  A sample ends early where it draws EOS, and where its document is full.
+
+  Returns:
+    What `samples.json` says of them; file names are relative to the folder.
+  """
+  lengths = [
+    sampler.room(len(prompt.tokens_T), how.length) for prompt in prompts
+  ]
+  target = epath.Path(folder)
+  target.mkdir(parents=True, exist_ok=True)
+  _remove_last(target)
+  start = time.monotonic()
+  drawn: list[_Drawn] = []
+  with Progress('sample', sum(lengths), 'tokens') as progress:
+    for i, prompt in enumerate(prompts):
+      first = i * how.num_samples
+      files = [
+        f'sample-{first + row}{codec.suffix}' for row in range(how.num_samples)
+      ]
+      drawn += _draw(
+        sampler, codec, i, prompt.tokens_T, lengths[i], target, files, progress
+      )
+  seconds = time.monotonic() - start
+  num_tokens = sum(len(one.ids_T) for one in drawn)
+  about = _companions(codec, prompts, lengths, drawn, target)
+  return {
+    **dataclasses.asdict(how),
+    'seconds': round(seconds, 3),
+    'tokens_per_second': round(num_tokens / seconds, 1),
+    **about,
+    'samples': [one.about for one in drawn],
+  }
+
+
+def _remove_last(folder: epath.Path) -> None:
+  # From here on the last samples are gone, and so is what is said of them.
+  for pattern in (
+    'samples.json',
+    'sample-*',
+    'prompt-*',
+    'original-*',
+    'grid*',
+  ):
+    for old in folder.glob(pattern):
+      old.unlink()
+
+
+@dataclasses.dataclass
+class _Drawn:
+  """One sample: its tokens without the prompt, and what is said of it."""
+
+  ids_T: np.ndarray
+  about: dict[str, Any]
+
+
+def _draw(
+  sampler: Sampler,
+  codec: tokens.Codec,
+  index: int,
+  prompt_T: np.ndarray,
+  length: int,
+  folder: epath.Path,
+  files: list[str],
+  progress: Progress,
+) -> list[_Drawn]:
+  """Samples of one prompt, written while they are drawn."""
+  samples = [open_sample(codec, folder / f, prompt_T) for f in files]
+  parts: list[list[np.ndarray]] = [[] for _ in files]
+  ended_B = np.zeros(len(files), bool)
+  start_T = np.concatenate([[tokens.SOS], prompt_T]).astype(np.int32)
+  abouts = []
+  try:
+    for new_BT in sampler.run(start_T, length):
+      for row in np.flatnonzero(~ended_B):
+        ids_T = new_BT[row]
+        ends = np.flatnonzero(ids_T == tokens.EOS)
+        ended_B[row] = bool(ends.size)
+        ids_T = ids_T[: ends[0]] if ends.size else ids_T
+        parts[row].append(ids_T)
+        samples[row].write(ids_T)
+      progress.advance(new_BT.shape[1])
+      if ended_B.all():
+        break
+  finally:
+    # Also of what is interrupted: it is worth a look.
+    abouts = [sample.close() for sample in samples]
+  nothing = np.zeros((0,), np.int32)
+  return [
+    _Drawn(
+      ids_T := np.concatenate([nothing, *ids]),
+      {
+        'file': file,
+        'prompt': index,
+        'num_tokens': len(ids_T),
+        'ended': bool(ended),
+      }
+      | about,
+    )
+    for file, ids, ended, about in zip(
+      files, parts, ended_B, abouts, strict=True
+    )
+  ]
+
+
+def _companions(
+  codec: tokens.Codec,
+  prompts: Sequence[Prompt],
+  lengths: list[int],
+  drawn: list[_Drawn],
+  folder: epath.Path,
+) -> dict[str, Any]:
+  """Prompts and originals beside the samples, and a picture of pictures."""
+  per_prompt = len(drawn) // len(prompts)
+  entries, rows = [], []
+  for i, prompt in enumerate(prompts):
+    num = len(prompt.tokens_T)
+    entry: dict[str, Any] = {'name': prompt.name, 'num_tokens': num}
+    own = drawn[i * per_prompt : (i + 1) * per_prompt]
+    row = [np.concatenate([prompt.tokens_T, one.ids_T]) for one in own]
+    if num:
+      file = f'prompt-{i}{codec.suffix}'
+      entry |= {'file': file} | write(codec, folder / file, prompt.tokens_T, 0)
+      row.insert(0, prompt.tokens_T)
+    if prompt.original_T is not None:
+      # As much of it as was drawn, to compare like with like.
+      original_T = prompt.original_T[: num + lengths[i]]
+      file = f'original-{i}{codec.suffix}'
+      about = write(codec, folder / file, original_T, num)
+      entry['original'] = {'file': file} | about
+      row.append(original_T)
+    entries.append(entry)
+    rows.append(row)
+  described: dict[str, Any] = {'prompts': entries}
+  if isinstance(codec, image.ImageCodec):
+    _write_grid(codec, folder / 'grid.png', rows)
+    described['grid'] = 'grid.png'
+  return described

@@ -1,0 +1,96 @@
+"""Samples on the page: text to read, rolls and pictures to look at."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perceiver_ar.errors import UserError
+from perceiver_ar.report import page
+
+
+def section(folder: Path, about: Mapping[str, Any]) -> str:
+  """All samples of a folder, as its samples.json tells.
+
+  Raises:
+    UserError: a file that it names is missing.
+  """
+  parts = [page.note(_how(about))]
+  if 'grid' in about:
+    parts.append(_grid(folder / about['grid'], about))
+  for index, prompt in enumerate(about['prompts']):
+    if 'file' in prompt:
+      parts += _artifact(folder, prompt, f'prompt {prompt["name"]}')
+    for sample in about['samples']:
+      if sample['prompt'] == index:
+        end = ', ended by itself' if sample['ended'] else ''
+        title = f'{sample["num_tokens"]:,} tokens{end}{_repairs(sample)}'
+        parts += _artifact(folder, sample, title)
+    if 'original' in prompt:
+      original = prompt['original']
+      parts += _artifact(folder, original, f'{prompt["name"]} as it is')
+  return page.section('Samples', *parts)
+
+
+def _how(about: Mapping[str, Any]) -> str:
+  how = [f'temperature {about["temperature"]:g}']
+  if about['top_p'] < 1:
+    how.append(f'top p {about["top_p"]:g}')
+  if about['top_k']:
+    how.append(f'top k {about["top_k"]}')
+  return (
+    f'Drawn at step {about["step"]:,} with {", ".join(how)}, seed '
+    f'{about["seed"]}, {about["tokens_per_second"]:,.0f} tokens a second, '
+    'not chosen among others.'
+  )
+
+
+def _repairs(about: Mapping[str, Any]) -> str:
+  number = about.get('repairs', 0)
+  return f', {number:,} repairs' if number else ''
+
+
+def _grid(path: Path, about: Mapping[str, Any]) -> str:
+  per_prompt = len(about['samples']) // len(about['prompts'])
+  columns = [f'{per_prompt} samples']
+  if 'file' in about['prompts'][0]:
+    columns.insert(0, 'the prompt')
+  if 'original' in about['prompts'][0]:
+    columns.append('the original')
+  return _picture(path) + page.note(
+    f'In each row: {", ".join(columns)}. A checkerboard stands where nothing '
+    'is drawn yet.'
+  )
+
+
+def _artifact(folder: Path, about: Mapping[str, Any], title: str) -> list[str]:
+  path = folder / about['file']
+  heading = page.heading(path.name, title)
+  if path.suffix == '.png':
+    return []  # on the grid
+  if path.suffix == '.txt':
+    content = _read(path).decode(errors='replace')
+    return [heading, page.verbatim(content)]
+  parts = [heading, _picture(folder / about['piano_roll'])]
+  link = f'{folder.name}/{path.name}'
+  parts.append(page.link(link, 'MIDI file'))
+  if 'audio' in about:
+    parts.append(page.audio(f'{folder.name}/{about["audio"]}'))
+  return parts
+
+
+def _picture(path: Path) -> str:
+  data = base64.b64encode(_read(path)).decode()
+  return page.figure(
+    f'<img src="data:image/png;base64,{data}" alt="{page.escape(path.name)}">'
+  )
+
+
+def _read(path: Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except FileNotFoundError as error:
+    raise UserError(
+      f'{path} is missing, which samples.json names; run perceiver-ar sample '
+      'again'
+    ) from error

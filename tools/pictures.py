@@ -1,0 +1,159 @@
+"""Finds pictures of any size in a folder, and cuts images of one size."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import image_files
+import numpy as np
+import preparation
+
+from perceiver_ar.data import image
+from perceiver_ar.errors import UserError
+from perceiver_ar.progress import Progress
+
+_SCALES = (1, 2, 4)  # tiles are cut from photographs reduced so many times
+_SUFFIXES = frozenset(
+  ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.tif', '.tiff')
+)
+_MODES = frozenset(('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How images are cut from pictures of any size.
+
+  Attributes:
+    size: of their sides.
+    tiles: step from one tile to the next; None cuts one from the centre.
+    held_out: share of the pictures that is validation.
+  """
+
+  size: int
+  tiles: int | None
+  held_out: float
+
+
+def find(folder: Path, how: Cut) -> image_files.Found:
+  """The pictures below a folder.
+
+  Where it has the folders `train` and `validation` (and perhaps `test`), those
+  are the splits; else pictures are held out by their names.
+  """
+  names = image_files.files_below(folder)
+  pictures = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+  splits = _splits_of(folder, pictures, how.held_out)
+  items: list[preparation.Item] = []
+  with Progress('look at', len(splits), 'pictures') as bar:
+    for name, split in splits.items():
+      items += _picture_items(folder, name, split, how)
+      bar.advance(1)
+  num_ignored = len(names) - len(splits)
+  notes = (f'{num_ignored:,} files are no pictures of a split: ignored',)
+  return image_files.Found(items, '', notes if num_ignored else ())
+
+
+def _splits_of(
+  folder: Path, names: Sequence[str], held_out: float
+) -> dict[str, str]:
+  """The split of every picture that has one."""
+  tops = {name.split('/')[0] for name in names if '/' in name}
+  if {'train', 'validation'} <= tops:
+    tops &= {'train', 'validation', 'test'}
+    parts = {name: name.split('/')[0] for name in names}
+    return {name: top for name, top in parts.items() if top in tops}
+  if len(names) < 2:
+    raise UserError(
+      f'--input={folder} holds {len(names)} pictures, and at least one is '
+      'trained on and one held out; give a folder with more '
+      f'({" ".join(sorted(_SUFFIXES))})'
+    )
+  held = preparation.held_out(names, held_out)
+  return {name: 'validation' if name in held else 'train' for name in names}
+
+
+def _picture_items(
+  folder: Path, name: str, split: str, how: Cut
+) -> Iterator[preparation.Item]:
+  path = folder / name
+  stamp = image_files.stamp(path)
+  if how.tiles is None:
+    yield preparation.Item(name, split, ('centre', str(path)), stamp)
+    return
+  try:
+    width, height = _open(str(path)).size
+  except UserError:
+    width = height = 0
+  if min(width, height) < how.size:
+    # The encoder says by name what is wrong with it.
+    yield preparation.Item(name, split, ('tile', str(path), 1, 0, 0), stamp)
+  for scale in _SCALES:
+    for y in range(0, height // scale - how.size + 1, how.tiles):
+      for x in range(0, width // scale - how.size + 1, how.tiles):
+        yield preparation.Item(
+          f'{name} 1/{scale} {x},{y}',
+          split,
+          ('tile', str(path), scale, y, x),
+          stamp,
+        )
+
+
+def centre(path: str, side: int) -> np.ndarray:
+  """The largest square in the middle, reduced by a box filter."""
+  picture = _load_picture(path)
+  _check_size(picture, side)
+  small = min(picture.size)
+  left, top = (picture.width - small) // 2, (picture.height - small) // 2
+  square = picture.crop((left, top, left + small, top + small))
+  box = image.import_pillow().Resampling.BOX
+  return np.array(square.resize((side, side), box))
+
+
+def tile(path: str, scale: int, y: int, x: int, side: int) -> np.ndarray:
+  pixels_HWC = _reduced(path, scale, side)
+  return pixels_HWC[y : y + side, x : x + side]
+
+
+@functools.lru_cache(maxsize=1)
+def _reduced(path: str, scale: int, side: int) -> np.ndarray:
+  picture = _load_picture(path)
+  _check_size(picture, side)
+  width, height = picture.width // scale, picture.height // scale
+  whole = picture.crop((0, 0, width * scale, height * scale))
+  return np.array(whole.reduce(scale))
+
+
+def _check_size(picture: Any, side: int) -> None:
+  if min(picture.size) < side:
+    raise UserError(
+      f'this has {picture.width}x{picture.height} pixels, fewer than '
+      f'{side}x{side}; lower --size, or move it elsewhere'
+    )
+
+
+def _load_picture(path: str) -> Any:
+  """In RGB; what is transparent becomes white."""
+  pillow = image.import_pillow()
+  picture = _open(path)
+  with image.reading():
+    if picture.mode not in _MODES:
+      raise UserError(
+        f'this is in mode {picture.mode}; convert it to 8 bit RGB'
+      )
+    if picture.has_transparency_data:
+      picture = picture.convert('RGBA')
+      white = pillow.new('RGBA', picture.size, 'white')
+      picture = pillow.alpha_composite(white, picture)
+    return picture.convert('RGB')
+
+
+def _open(path: str) -> Any:
+  """A picture as it is meant to be held; cameras may save it turned."""
+  import PIL.ImageOps
+
+  picture = image.open_image(image_files.read_bytes(path, 0, -1), None)
+  with image.reading():
+    PIL.ImageOps.exif_transpose(picture, in_place=True)
+  return picture
