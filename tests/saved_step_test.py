@@ -3,6 +3,7 @@
 import itertools
 import shutil
 
+import pytest
 from etils import epath
 from states import CONFIG, make_mesh, make_state, same, sharded
 
@@ -35,6 +36,7 @@ def flip(share):
 CHANGES = [cut, empty, delete, flip(0.05), flip(0.5)]
 
 
+@pytest.mark.slow  # the checkpoint's own tests have one damage of each kind
 def test_no_damage_to_any_file_yields_a_wrong_value(tmp_path):
   expected = make_state(3)
   with checkpoint.Checkpoints(tmp_path, CONFIG.checkpoint) as checkpoints:

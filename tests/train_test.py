@@ -122,7 +122,9 @@ def test_a_run_that_is_over_says_so_and_changes_nothing(undisturbed, capsys):
   assert contents(undisturbed) == before
 
 
-@pytest.mark.parametrize('how', ['flipped', 'truncated'])
+@pytest.mark.parametrize(
+  'how', ['flipped', pytest.param('truncated', marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_set_aside_and_costs_only_time(
   tmp_path, undisturbed, how, caplog
 ):
@@ -155,6 +157,7 @@ def test_a_constant_schedule_may_go_on_for_longer(tmp_path, undisturbed):
   assert_training_is_the_same(tmp_path, undisturbed)
 
 
+@pytest.mark.slow  # the step's own test has the sums
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path):
   for num in (1, 2):
     config = copy_config(

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -180,7 +179,9 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(tmp_path):
 
 
 _FULL = """
-import sys, pathlib
+import pathlib, resource, sys
+size = int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import preparation, preparation_test as t
 if __name__ == '__main__':
@@ -197,11 +198,8 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path, size):
   script = tmp_path / 'full.py'
   script.write_text(_FULL)
   here = pathlib.Path(__file__).parent
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-  command = [sys.executable, script, here, _TOOLS, tmp_path]
-  done = subprocess.run(
-    command, preexec_fn=limit, capture_output=True, text=True
-  )
+  command = [sys.executable, script, here, _TOOLS, tmp_path, str(size)]
+  done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 2, done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith('tool: ') and 'run it again' in last
