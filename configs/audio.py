@@ -1,19 +1,19 @@
 r"""Sound as SoundStream's codes: 50 frames a second, 24 to 44 codes each.
 
 Neither SoundStream's model nor the data is public, so there is nothing to
-prepare and no demo; the configs are for codes of your own, written as a data
-set of ids: code c of level l is the id 3 + 1024 * l + c.
+prepare, and no demo. For codes of your own, docs/data.md ("Tokens of your own")
+shows how to write a data set: code c of level l is the id 3 + 1024 * l + c.
 
-:soundstream_12kbps        Published: 24 levels, 24,579 ids, 8,192 inputs, 12
-                           layers. 215.2 million parameters.
+:soundstream_12kbps        Published: 24 levels, 24,579 ids, 12 layers; 8,192
+                           inputs from memory. 215.2 million parameters.
 :soundstream_12kbps_65536  65,536 inputs (54 s): 2.49 nats on test, 2.34 on
                            validation.
 :soundstream_18kbps_65536  36 levels, 36,867 ids: 2.60 and 2.57.
 :soundstream_22kbps        44 levels, 45,059 ids, 32,768 inputs (14 s), 24
                            layers. 408.3 million parameters.
 :soundstream_22kbps_65536  2.65 and 2.62.
-                           Not in the paper's text that survives: which length
-                           has how many layers, steps and batch.
+                           Not found in the paper: which length has how many
+                           layers, steps and batch.
 """
 
 from ml_collections import ConfigDict

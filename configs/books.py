@@ -15,13 +15,15 @@ First prepare what you have (see tools/prepare_text.py --help), then train:
 :pg19_4096    The same with 4,096 inputs: 29.0 on test.
               Not in the paper: which dropout (0.875 to 0.96875) goes with
               which length; the vocabulary file.
-:wikitext103  Published: 18.25 words on test with 4,096 inputs, 17.58 at best on
-              validation; 358 million parameters. Not in the paper's text that
-              survives: depth (18 here), batch, dropout, embeddings (adaptive
-              there, from memory; plain here).
-:books        Published: 36 layers, 8,192 inputs; perplexity 14.57 on a private
-              collection of 4 million books.
-:books_60     Published: 60 layers, 8,192 inputs: 12.66.
+:wikitext103  Word perplexity 18.25 on test with 4,096 inputs, 17.58 at best on
+              validation. Not found in the paper: depth, batch, dropout and
+              embeddings. What is here (18 layers, plain embeddings) is our
+              guess: 305,949,952 parameters, against 358 million there.
+:books        36 layers, on a private collection of 4 million books: perplexity
+              14.56 with 16,384 inputs, 14.88 with 1,024; 8,192 here.
+              532,681,984 parameters.
+:books_60     60 layers, 8,192 inputs: 12.66. 834,991,360 parameters; the paper
+              has 750 to 826 million, so its width or vocabulary is another.
 :demo         What `make demo` trains, on 2 CPU cores: 3,200 steps in 2.5
               minutes, to 2.35 bits per byte on the 4 books that it holds out.
 :small        An hour on 2 CPU cores (a step takes 1.05 s); no result yet.

@@ -8,7 +8,7 @@ is a synthesizer, its sound; a PNG, and one picture of all.
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -59,6 +59,11 @@ def document_prompts(
   documents: pipeline_lib.DocumentSource, number: int, length: int
 ) -> list[Prompt]:
   """The beginnings of documents, evenly spread over their split."""
+  if number > len(documents):
+    raise UserError(
+      f'--num_prompts={number} is more than the {len(documents)} documents of '
+      'the split; lower it'
+    )
   chosen = pipeline_lib.chosen_documents(len(documents), number)
   prompts = []
   for index in chosen:
@@ -76,52 +81,62 @@ def _cut(name: str, tokens_T: np.ndarray, length: int) -> Prompt:
   return Prompt(name, tokens_T[:length], tokens_T)
 
 
-class Sample(Protocol):
-  """One artifact that is being drawn."""
+class _Sample:
+  """One artifact that is being drawn, and what has been drawn of it."""
 
-  def write(self, ids_T: np.ndarray) -> None: ...
+  def __init__(
+    self, codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
+  ):
+    self._codec, self._path, self._prompt_T = codec, path, prompt_T
+    self._parts = [NOTHING.tokens_T]
+    self.ended = False  # by its own EOS
+
+  @property
+  def ids(self) -> np.ndarray:
+    return np.concatenate(self._parts)
+
+  def draw(self, ids_T: np.ndarray) -> None:
+    """Goes on with these tokens; what comes after EOS is dropped."""
+    if self.ended:
+      return
+    ends = np.flatnonzero(ids_T == tokens.EOS)
+    self.ended = bool(ends.size)
+    ids_T = ids_T[: ends[0]] if ends.size else ids_T
+    self._parts.append(ids_T)
+    self._write(ids_T)
+
+  def _write(self, ids_T: np.ndarray) -> None:
+    """Nothing yet: the artifact is written as a whole."""
 
   def close(self) -> dict[str, Any]:
     """Completes the files; what samples.json says about them."""
-    ...
+    ids_T = np.concatenate([self._prompt_T, *self._parts])
+    return write(self._codec, self._path, ids_T, len(self._prompt_T))
 
 
-def open_sample(
-  codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
-) -> Sample:
-  if isinstance(codec, text.TextCodec):
-    return _Text(codec, path)
-  return _Whole(codec, path, prompt_T)
+class _TextSample(_Sample):
+  """A text, on disk while it is drawn; the prompt stays in its own file."""
 
-
-class _Text:
-  """Streams what is drawn; the prompt stays in its own file."""
-
-  def __init__(self, codec: text.TextCodec, path: epath.Path):
+  def __init__(
+    self, codec: text.TextCodec, path: epath.Path, prompt_T: np.ndarray
+  ):
+    super().__init__(codec, path, prompt_T)
     self._stream = text.TextStream(path, codec)
 
-  def write(self, ids_T: np.ndarray) -> None:
+  def _write(self, ids_T: np.ndarray) -> None:
     self._stream.write(ids_T)
 
   def close(self) -> dict[str, Any]:
     self._stream.close()
-    return {}
+    return {'repairs': self._codec.write(self.ids)[1]}
 
 
-class _Whole:
-  def __init__(
-    self, codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
-  ):
-    self._codec, self._path = codec, path
-    self._prompt_T = prompt_T
-    self._drawn: list[np.ndarray] = [prompt_T]
-
-  def write(self, ids_T: np.ndarray) -> None:
-    self._drawn.append(ids_T)
-
-  def close(self) -> dict[str, Any]:
-    ids_T = np.concatenate(self._drawn)
-    return write(self._codec, self._path, ids_T, len(self._prompt_T))
+def _open_sample(
+  codec: tokens.Codec, path: epath.Path, prompt_T: np.ndarray
+) -> _Sample:
+  if isinstance(codec, text.TextCodec):
+    return _TextSample(codec, path, prompt_T)
+  return _Sample(codec, path, prompt_T)
 
 
 def write(
@@ -130,10 +145,14 @@ def write(
   """Writes an artifact and its companions; what samples.json says of them."""
   data, num_repairs = codec.write(ids_T)
   path.write_bytes(data)
-  about: dict[str, Any] = {'repairs': num_repairs}
+  if isinstance(codec, image.ImageCodec):
+    num_missing = codec.decode(ids_T)[1]
+    complete = num_missing == 0
+    return {'repairs': num_repairs - num_missing, 'complete': complete}
   if isinstance(codec, music.MusicCodec):
-    about |= _music_companions(codec, path, ids_T, num_prompt)
-  return about
+    companions = _music_companions(codec, path, ids_T, num_prompt)
+    return {'repairs': num_repairs} | companions
+  return {'repairs': num_repairs}
 
 
 def _music_companions(
@@ -178,25 +197,33 @@ def write_samples(
   target.mkdir(parents=True, exist_ok=True)
   _remove_last(target)
   start = time.monotonic()
-  drawn: list[_Drawn] = []
+  files, drawn = [], []
   with Progress('sample', sum(lengths), 'tokens') as progress:
-    for i, prompt in enumerate(prompts):
-      first = i * how.num_samples
-      files = [
-        f'sample-{first + row}{codec.suffix}' for row in range(how.num_samples)
-      ]
-      drawn += _draw(
-        sampler, codec, i, prompt.tokens_T, lengths[i], target, files, progress
-      )
+    for prompt, length in zip(prompts, lengths, strict=True):
+      for _ in range(how.num_samples):
+        files.append(f'sample-{len(files)}{codec.suffix}')
+        path = target / files[-1]
+        drawn.append(_open_sample(codec, path, prompt.tokens_T))
+      own = drawn[-how.num_samples :]
+      _draw(sampler, prompt.tokens_T, length, own, progress)
   seconds = time.monotonic() - start
-  num_tokens = sum(len(one.ids_T) for one in drawn)
-  about = _companions(codec, prompts, lengths, drawn, target)
+  num_tokens = sum(len(sample.ids) for sample in drawn)
+  about = [
+    {
+      'file': file,
+      'prompt': at // how.num_samples,
+      'num_tokens': len(sample.ids),
+      'ended': sample.ended,
+    }
+    | sample.close()
+    for at, (file, sample) in enumerate(zip(files, drawn, strict=True))
+  ]
   return {
     **dataclasses.asdict(how),
     'seconds': round(seconds, 3),
     'tokens_per_second': round(num_tokens / seconds, 1),
-    **about,
-    'samples': [one.about for one in drawn],
+    **_companions(codec, prompts, lengths, drawn, target),
+    'samples': about,
   }
 
 
@@ -213,68 +240,42 @@ def _remove_last(folder: epath.Path) -> None:
       old.unlink()
 
 
-@dataclasses.dataclass
-class _Drawn:
-  """One sample: its tokens without the prompt, and what is said of it."""
-
-  ids_T: np.ndarray
-  about: dict[str, Any]
-
-
 def _draw(
   sampler: Sampler,
-  codec: tokens.Codec,
-  index: int,
   prompt_T: np.ndarray,
   length: int,
-  folder: epath.Path,
-  files: list[str],
+  samples: Sequence[_Sample],
   progress: Progress,
-) -> list[_Drawn]:
-  """Samples of one prompt, written while they are drawn."""
-  samples = [open_sample(codec, folder / f, prompt_T) for f in files]
-  parts: list[list[np.ndarray]] = [[] for _ in files]
-  ended_B = np.zeros(len(files), bool)
+) -> None:
+  """Draws all samples of one prompt."""
   start_T = np.concatenate([[tokens.SOS], prompt_T]).astype(np.int32)
-  abouts = []
   try:
     for new_BT in sampler.run(start_T, length):
-      for row in np.flatnonzero(~ended_B):
-        ids_T = new_BT[row]
-        ends = np.flatnonzero(ids_T == tokens.EOS)
-        ended_B[row] = bool(ends.size)
-        ids_T = ids_T[: ends[0]] if ends.size else ids_T
-        parts[row].append(ids_T)
-        samples[row].write(ids_T)
+      for sample, ids_T in zip(samples, new_BT, strict=True):
+        sample.draw(ids_T)
       progress.advance(new_BT.shape[1])
-      if ended_B.all():
+      if all(sample.ended for sample in samples):
         break
-  finally:
-    # Also of what is interrupted: it is worth a look.
-    abouts = [sample.close() for sample in samples]
-  nothing = np.zeros((0,), np.int32)
-  return [
-    _Drawn(
-      ids_T := np.concatenate([nothing, *ids]),
-      {
-        'file': file,
-        'prompt': index,
-        'num_tokens': len(ids_T),
-        'ended': bool(ended),
-      }
-      | about,
-    )
-    for file, ids, ended, about in zip(
-      files, parts, ended_B, abouts, strict=True
-    )
-  ]
+  except BaseException:
+    # What is interrupted is worth a look, too.
+    for sample in samples:
+      sample.close()
+    raise
+
+
+def _beside(
+  codec: tokens.Codec, path: epath.Path, ids_T: np.ndarray, num_prompt: int
+) -> dict[str, Any]:
+  about = write(codec, path, ids_T, num_prompt)
+  del about['repairs']  # of what was no sample
+  return {'file': path.name} | about
 
 
 def _companions(
   codec: tokens.Codec,
   prompts: Sequence[Prompt],
   lengths: list[int],
-  drawn: list[_Drawn],
+  drawn: Sequence[_Sample],
   folder: epath.Path,
 ) -> dict[str, Any]:
   """Prompts and originals beside the samples, and a picture of pictures."""
@@ -284,17 +285,16 @@ def _companions(
     num = len(prompt.tokens_T)
     entry: dict[str, Any] = {'name': prompt.name, 'num_tokens': num}
     own = drawn[i * per_prompt : (i + 1) * per_prompt]
-    row = [np.concatenate([prompt.tokens_T, one.ids_T]) for one in own]
+    row = [np.concatenate([prompt.tokens_T, one.ids]) for one in own]
     if num:
       file = f'prompt-{i}{codec.suffix}'
-      entry |= {'file': file} | write(codec, folder / file, prompt.tokens_T, 0)
+      entry |= _beside(codec, folder / file, prompt.tokens_T, 0)
       row.insert(0, prompt.tokens_T)
     if prompt.original_T is not None:
       # As much of it as was drawn, to compare like with like.
       original_T = prompt.original_T[: num + lengths[i]]
       file = f'original-{i}{codec.suffix}'
-      about = write(codec, folder / file, original_T, num)
-      entry['original'] = {'file': file} | about
+      entry['original'] = _beside(codec, folder / file, original_T, num)
       row.append(original_T)
     entries.append(entry)
     rows.append(row)

@@ -5,20 +5,18 @@ it came from.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
 
 from perceiver_ar import config as config_lib
+from perceiver_ar import config_files
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 
@@ -165,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
   if not any(word.startswith('--config=') for word in rest):
     raise UserError('train needs --config=FILE.py[:ARG]; see configs/')
-  config = _resolve_flags(rest, None)
+  config = config_files.resolve(rest, None)
   from perceiver_ar import train
 
   return train.train_and_evaluate(config, args.workdir)
@@ -300,7 +298,7 @@ def _run_config(
   from perceiver_ar import workdir
 
   raw = workdir.read_config(args.workdir)
-  config = _resolve_flags(rest, raw)
+  config = config_files.resolve(rest, raw)
   model = config_lib.resolve(raw).model
   if config.model != model:
     lines = [
@@ -321,59 +319,6 @@ def _run_config(
   nested = dataclasses.asdict(config)
   nested[section] |= changed
   return config_lib.resolve(nested)
-
-
-def _resolve_flags(rest: list[str], base: dict[str, Any] | None) -> Config:
-  """Applies --config=FILE and --config.KEY=VALUE to a file or to `base`."""
-  for word in rest:
-    if not word.startswith(('--config=', '--config.')):
-      raise UserError(
-        f'{word} is no flag of this command; see --help (config keys are set '
-        'by --config.SECTION.KEY=VALUE)'
-      )
-  values = flags.FlagValues()
-  with _reading(rest):
-    if any(word.startswith('--config=') for word in rest) or base is None:
-      config_flags.DEFINE_config_file('config', flag_values=values)
-    else:
-      config_flags.DEFINE_config_dict(
-        'config', ConfigDict(base), flag_values=values
-      )
-    values(['perceiver-ar', *rest])
-    raw = values['config'].value
-  if not isinstance(raw, ConfigDict):
-    # A file that is missing comes as an object that raises when it is used.
-    raise UserError(
-      f'cannot read {" ".join(rest)}: there is no such file, or its get_config '
-      'returns no ConfigDict; see configs/'
-    )
-  return config_lib.resolve(raw.to_dict())
-
-
-@contextlib.contextmanager
-def _reading(rest: list[str]) -> Iterator[None]:
-  """Config files may import their neighbours; what they raise is a mistake."""
-  files = [word[9:] for word in rest if word.startswith('--config=')]
-  roots = [str(Path(f.split(':')[0]).resolve().parent.parent) for f in files]
-  before, argv = list(sys.path), sys.argv
-  sys.path[:0] = [*roots, str(Path.cwd())]
-  # config_flags looks for overrides here, whatever it is given to parse.
-  sys.argv = ['perceiver-ar', *rest]
-  try:
-    yield
-  except Exception as error:
-    reason = str(error.args[0] if error.args else error).strip()
-    if 'Traceback' in reason:  # of what get_config raised
-      reason = reason.splitlines()[-1]
-    if reason[:1] in ('"', "'") and reason[:1] == reason[-1:]:  # KeyError's
-      reason = reason[1:-1]
-    reason = reason.replace('\\n', ' ').replace("\\'", "'")
-    raise UserError(
-      f'cannot read {" ".join(rest)}: {reason.rstrip(".")}; check the file '
-      'and the keys, configs/default.py lists them all'
-    ) from error
-  finally:
-    sys.path[:], sys.argv = before, argv
 
 
 def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:

@@ -70,10 +70,45 @@ def test_a_sample_ends_where_it_draws_eos(tmp_path):
   assert (tmp_path / 'sample-0.txt').read_text() == 'ab'
   assert (tmp_path / 'sample-1.txt').read_text() == 'cbab'
   assert (tmp_path / 'prompt-0.txt').read_text() == 'é'
+  same = {'prompt': 0, 'ended': True, 'repairs': 0}
   assert report['samples'] == [
-    {'file': 'sample-0.txt', 'prompt': 0, 'num_tokens': 2, 'ended': True},
-    {'file': 'sample-1.txt', 'prompt': 0, 'num_tokens': 4, 'ended': True},
+    {'file': 'sample-0.txt', 'num_tokens': 2} | same,
+    {'file': 'sample-1.txt', 'num_tokens': 4} | same,
   ]
+
+
+def test_repairs_are_counted_and_what_is_unfinished_is_marked(tmp_path):
+  no_text = [[0xFF + 3, 0xFE + 3, ord('a') + 3]]
+  report = write(
+    Script(no_text), text.ByteCodec(), [artifacts.NOTHING], tmp_path, 1
+  )
+  assert report['samples'][0]['repairs'] == 2
+  report = write(
+    Script([[5] * 7]),
+    image.ImageCodec(RASTER),
+    [artifacts.NOTHING],
+    tmp_path,
+    1,
+  )
+  about = report['samples'][0]
+  assert (about['complete'], about['repairs']) == (False, 0)
+
+
+def test_what_is_interrupted_is_on_disk(tmp_path):
+  class Interrupted(Script):
+    def run(self, prompt_T, length):
+      yield from super().run(prompt_T, length)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    write(
+      Interrupted([[5] * 7]),
+      image.ImageCodec(RASTER),
+      [artifacts.NOTHING],
+      tmp_path,
+      num_samples=1,
+    )
+  assert names(tmp_path) == ['sample-0.png']
 
 
 def test_new_samples_replace_all_old_ones(tmp_path):
@@ -136,7 +171,8 @@ def test_pictures_are_complete_or_marked_and_on_one_sheet(tmp_path):
   with PIL.Image.open(tmp_path / 'sample-0.png') as picture:
     assert (np.asarray(picture) == original).all()
   assert [about['repairs'] for about in report['samples']] == [0, 0]
-  assert report['prompts'][0]['repairs'] == 24  # half of it is missing
+  assert [about['complete'] for about in report['samples']] == [True, True]
+  assert not report['prompts'][0]['complete']
   with PIL.Image.open(tmp_path / report['grid']) as sheet:
     assert sheet.width > 4 * 4  # prompt, two samples, original
 

@@ -13,7 +13,7 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 # A module may import those of its own row, where it is a package, and below.
 _LAYERS = [
   'errors',
-  'ops data config progress distributed',
+  'ops data config config_files progress distributed',
   'models partitioning optimizer losses metrics flops checksums workdir',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'train plan report',
@@ -22,6 +22,7 @@ _LAYERS = [
 _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 # Within a row.
 _ALSO = {
+  ('config_files', 'config'),
   ('data', 'config'),  # takes its section
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets

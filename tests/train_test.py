@@ -260,3 +260,31 @@ def test_the_last_steps_alone_are_kept_for_the_screen(tmp_path, monkeypatch):
   config = copy_config(train__log_every=1, evaluate__every=0)
   train.train_and_evaluate(config, tmp_path)
   assert max(kept) == 1
+
+
+def begin_with(source, **changes):
+  """The state that a new run would begin with."""
+  config = copy_config(checkpoint__init_from=str(source), **changes)
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  documents = pipeline.open_documents(config.data, 'train', seed=1)
+  return train._first_state(config, mesh, documents)
+
+
+def test_a_run_begins_with_the_parameters_of_another(undisturbed, capsys):
+  state = begin_with(undisturbed, train__seed=7, data__copy_offset=5)
+  assert f'{undisturbed} at step 6' in capsys.readouterr().out
+  for found, expected in zip(
+    jax.tree.leaves(state.params),
+    jax.tree.leaves(final_params(undisturbed, copy_config())),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(found, expected)
+  assert int(state.step) == 0
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
+
+
+def test_another_model_is_no_beginning(undisturbed, tmp_path):
+  with pytest.raises(UserError, match='width|shape|another model'):
+    begin_with(undisturbed, model__mlp_width=8)
+  with pytest.raises(UserError, match='folder of a run'):
+    begin_with(tmp_path)

@@ -247,8 +247,19 @@ def _folder(place: Place, held_out: float) -> Performances:
   return Performances(place, '', split_of, '', notes)
 
 
-@functools.lru_cache(1)
 def read_notes(path: str, name: str, kind: str, stamp: str) -> midi.Notes:
   """One file's notes, kept for its other variants; `stamp` is of the file."""
+  notes = _parsed(path, name, kind, stamp)
+  if isinstance(notes, str):
+    raise UserError(notes)
+  return notes
+
+
+@functools.lru_cache(1)
+def _parsed(path: str, name: str, kind: str, stamp: str) -> midi.Notes | str:
+  """The notes, or what is wrong, which is not found out again either."""
   del stamp
-  return midi.read(read([path, name, kind], midi.MAX_BYTES))
+  try:
+    return midi.read(read([path, name, kind], midi.MAX_BYTES))
+  except UserError as error:
+    return str(error)

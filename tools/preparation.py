@@ -21,10 +21,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import process
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -107,11 +109,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def check_apart(source: Path, output: Path) -> None:
+  """Refuses an output that the next run would take for input."""
+  if output.resolve().is_relative_to(source.resolve()):
+    raise UserError(
+      f'--output={output} lies in --input={source}; choose a folder beside it'
+    )
+
+
 def work_folder(output: Path) -> Path:
-  """Where an unfinished preparation keeps what it has."""
+  """Where an unfinished preparation keeps what it has.
+
+  Raises:
+    UserError: the output cannot be written, or holds anything else.
+  """
+  writer.check_replaceable(output)
   output = output.resolve()
   folder = output.with_name(f'.{output.name}.preparing')
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f'--output={output} cannot be created ({error.strerror}); choose another'
+    ) from error
   return folder
 
 
@@ -155,7 +175,6 @@ def prepare(
   if workers < 1:
     raise UserError(f'--workers={workers} must be at least 1')
   _check_names(items)
-  writer.check_replaceable(output)
   folder = work_folder(output)
   with _locked(folder):
     _clear_stale(output)
@@ -242,13 +261,21 @@ class _Parts:
   def path(self, part: int) -> Path:
     return self._paths[part]
 
-  def is_there(self, part: int) -> bool:
-    return self.path(part).with_suffix('.jsonl').exists()
+  def is_sound(self, part: int) -> bool:
+    """Whether it is there, as it was written."""
+    try:
+      with self.path(part).with_suffix('.tokens').open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      with self.path(part).with_suffix('.jsonl').open() as lines:
+        return json.loads(next(lines)) == {'sha256': digest}
+    except (FileNotFoundError, ValueError, StopIteration):
+      return False
 
   def lines(self, part: int) -> Iterator[dict[str, Any]]:
     """What became of every item of a part, in order."""
     path = self.path(part).with_suffix('.jsonl')
     with path.open(encoding='utf-8') as lines:
+      next(lines)  # the checksum
       yield from map(json.loads, lines)
 
 
@@ -261,7 +288,7 @@ def _encode_all(
   workers: int,
   strict: bool,
 ) -> None:
-  done = [part for part in range(len(parts)) if parts.is_there(part)]
+  done = [part for part in range(len(parts)) if parts.is_sound(part)]
   missing = sorted(set(range(len(parts))) - set(done))
   num_done = sum(len(parts[part]) for part in done)
   rejected = _Rejected(parts, strict)
@@ -289,7 +316,8 @@ def _run(
   with concurrent.futures.ProcessPoolExecutor(
     min(workers, len(jobs)),
     multiprocessing.get_context('spawn'),
-    initializer=_ignore_interrupts,
+    initializer=_serve,
+    initargs=(os.getpid(),),
   ) as pool:
     futures = {
       pool.submit(_encode_part, items, path, encoder, dtype): at
@@ -309,18 +337,26 @@ def _run(
       raise
 
 
-def _ignore_interrupts() -> None:
+def _serve(parent: int) -> None:
+  """Makes this process one that lives and stops with its parent."""
   # Ctrl-C reaches workers, too; the main process tells them when to stop.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def watch() -> None:
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)  # it was killed, and nobody waits for this work
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode_part(
   items: Sequence[Item], path: Path, encoder: Encoder, dtype: np.dtype
 ) -> None:
   """Writes PATH.tokens, then PATH.jsonl, which says that both are complete."""
-  lines = []
-  temporary = path.with_suffix('.tmp')
-  with path.with_suffix('.tokens').open('wb') as file:
+  lines: list[dict[str, Any]] = []
+  digest = hashlib.sha256()
+  with _appearing(path.with_suffix('.tokens')) as file:
     for item in items:
       about: dict[str, Any] = {'split': item.split, 'name': item.name}
       try:
@@ -330,14 +366,27 @@ def _encode_part(
         continue
       if document is None:
         continue
-      file.write(document.tokens_T.astype(dtype).tobytes())
+      payload = document.tokens_T.astype(dtype).tobytes()
+      file.write(payload)
+      digest.update(payload)
       num_tokens = len(document.tokens_T)
       lines.append(
         about | {'num_tokens': num_tokens, 'counts': document.counts}
       )
-  content = ''.join(json.dumps(line) + '\n' for line in lines)
-  temporary.write_text(content, encoding='utf-8')
-  temporary.replace(path.with_suffix('.jsonl'))
+  with _appearing(path.with_suffix('.jsonl')) as file:
+    for line in ({'sha256': digest.hexdigest()}, *lines):
+      file.write(json.dumps(line).encode() + b'\n')
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+  """A file that gets its name when it is complete and on disk."""
+  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+  with temporary.open('wb') as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
 
 
 class _Rejected:
@@ -374,7 +423,9 @@ def _merge(
           if 'rejected' in line:
             target.reject(line['split'], line['name'], line['rejected'])
             continue
-          payload = file.read(line['num_tokens'] * dtype.itemsize)
+          size = line['num_tokens'] * dtype.itemsize
+          payload = file.read(size)
+          assert len(payload) == size, file.name
           target.add(
             line['split'],
             np.frombuffer(payload, dtype),

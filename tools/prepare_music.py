@@ -43,10 +43,15 @@ class Encoder:
 
   def __call__(self, item: preparation.Item) -> preparation.Document | None:
     *source, stretch, transpose = item.source
-    notes = music_sources.read_notes(*source, item.stamp)
-    if (stretch, transpose) != _AS_PLAYED:
-      if not len(notes):
-        return None
+    is_as_played = (stretch, transpose) == _AS_PLAYED
+    try:
+      notes = music_sources.read_notes(*source, item.stamp)
+      music.check(notes, self.num_events)
+    except UserError:
+      if is_as_played:
+        raise
+      return None  # a bad file is rejected once, not in every key
+    if not is_as_played:
       changed = music.augment(notes, stretch, transpose)
       if changed is None:
         return None

@@ -38,10 +38,14 @@ class _Group:
 
 
 class Pairing:
-  """Notes are numbered as they begin; `end_of` is complete after `finish`."""
+  """Notes are numbered as they begin; `end_of` is complete after `finish`.
+
+  With `num_disordered` at 0, notes that end at one time have kept their order.
+  """
 
   def __init__(self):
     self.end_of: dict[int, int] = {}
+    self.num_disordered = 0  # ends; their order is lost
     self._groups: dict[int, _Group] = {}
     # What ended last at this time; a group if that is one of several notes.
     self._last: _Group | int = _NO_NOTE
@@ -67,7 +71,8 @@ class Pairing:
       self._last = self._after(self._last, group, pitch)
       group = self._groups[pitch]
     states = self._ended(group, pitch, time, is_ordered=True)
-    if not states:  # not what an encoder makes
+    if not states:  # not what an encoder makes, or too dense to follow it all
+      self.num_disordered += 1
       states = self._ended(group, pitch, time, is_ordered=False)
     self._work += len(states) * (1 + len(group.sounding()))
     most = _MOST_PAIRINGS if self._work < _MOST_WORK else 1

@@ -26,7 +26,19 @@ def happenings(notes):
   return sorted(starts + ends)
 
 
+def pitches(notes):
+  """All that events say: when, which pitch, whether it ends."""
+  return [
+    (time, notes[note][2], is_end) for time, note, is_end in happenings(notes)
+  ]
+
+
 def paired(notes):
+  """The notes with the ends that they have found."""
+  return paired_and_disordered(notes)[0]
+
+
+def paired_and_disordered(notes):
   pairing = note_pairs.Pairing()
   now = 0
   for time, note, is_end in happenings(notes):
@@ -38,19 +50,30 @@ def paired(notes):
     else:
       pairing.begin(notes[note][2], note)
   pairing.finish()
-  return [
+  found = [
     (start, pairing.end_of[i], pitch)
     for i, (start, _, pitch) in enumerate(notes)
   ]
+  return found, pairing.num_disordered
 
 
 @pytest.mark.parametrize('seed', range(30))
 def test_some_pairing_with_the_same_order_is_found(seed):
   notes = song(seed, num_pitches=1 + seed % 7, num_notes=60)
-  pitches = lambda of: [
-    (time, of[note][2], is_end) for time, note, is_end in happenings(of)
-  ]
-  assert pitches(paired(notes)) == pitches(notes)
+  found, num_disordered = paired_and_disordered(notes)
+  assert pitches(found) == pitches(notes) and num_disordered == 0
+
+
+def test_what_is_too_dense_to_keep_its_order_is_counted(monkeypatch):
+  monkeypatch.setattr(note_pairs, '_MOST_PAIRINGS', 2)
+  monkeypatch.setattr(note_pairs, '_JOINED', 1)
+  is_kept = []
+  for seed in range(60):
+    notes = song(seed, num_pitches=1 + seed % 7, num_notes=60)
+    found, num_disordered = paired_and_disordered(notes)
+    is_kept.append(num_disordered == 0)
+    assert (pitches(found) == pitches(notes)) == is_kept[-1]
+  assert any(is_kept) and not all(is_kept)
 
 
 def test_of_one_instrument_the_oldest_note_ends_first():
@@ -71,4 +94,5 @@ def test_ends_in_no_order_are_paired_all_the_same():
   for pitch in (64, 62, 60):
     pairing.end(pitch, 3)
   assert pairing.end_of == {0: 3, 1: 3, 2: 3}
+  assert pairing.num_disordered == 2
   assert not any(map(pairing.num_open, (60, 62, 64)))

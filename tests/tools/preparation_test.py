@@ -78,6 +78,10 @@ def encoded(tmp_path):
   return log.read_text().split() if log.exists() else []
 
 
+def names_of(tmp_path):
+  return sorted(path.name for path in tmp_path.iterdir())
+
+
 def leftovers(tmp_path):
   return [p.name for p in tmp_path.iterdir() if p.name.startswith('.')]
 
@@ -205,6 +209,54 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path, size):
   assert last.startswith('tool: ') and 'run it again' in last
   assert 'Traceback' not in done.stderr
   assert not (tmp_path / 'set').exists()
+
+
+@pytest.mark.parametrize('damage', [b'', b'short', None])
+def test_a_part_that_is_damaged_is_made_again(tmp_path, damage):
+  items = make_items(tmp_path, ['good'] * 8 + ['no room'])
+  with pytest.raises(OSError, match='No space'):
+    prepare(items, tmp_path / 'set')
+  (part,) = (tmp_path / '.set.preparing' / 'parts').glob('*.tokens')
+  content = bytes(part.stat().st_size) if damage is None else damage
+  part.write_bytes(content)
+  items = make_items(tmp_path, ['good'] * 9)
+  prepare(items, tmp_path / 'set')
+  prepare(items, tmp_path / 'fresh')
+  assert contents(tmp_path / 'set') == contents(tmp_path / 'fresh')
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path):
+  script = tmp_path / 'killed.py'
+  script.write_text(_KILLED)
+  here = pathlib.Path(__file__).parent
+  process = subprocess.Popen(
+    [sys.executable, script, here, _TOOLS, tmp_path], stderr=subprocess.DEVNULL
+  )
+  deadline = time.monotonic() + 60
+  while len(encoded(tmp_path)) < 3:
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  time.sleep(2.5)
+  number = len(encoded(tmp_path))
+  time.sleep(0.7)
+  assert len(encoded(tmp_path)) == number < 40
+
+
+@pytest.mark.parametrize('where', ['file/set', 'file'])
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, where):
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(UserError, match='choose another'):
+    preparation.work_folder(tmp_path / where)
+  assert names_of(tmp_path) == ['file']
+
+
+@pytest.mark.parametrize('output', ['in', 'in/put', 'in/a/b', 'else/../in/x'])
+def test_an_output_within_the_input_is_refused(tmp_path, output):
+  with pytest.raises(UserError, match='lies in --input'):
+    preparation.check_apart(tmp_path / 'in', tmp_path / output)
+  preparation.check_apart(tmp_path / 'in', tmp_path / 'input')
 
 
 def test_two_preparations_of_one_output_do_not_mix(tmp_path):
