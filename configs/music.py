@@ -77,7 +77,7 @@ def _demo() -> ConfigDict:
   c.model.dropout_rate = 0.1
   c.model.attention_block = 256
   c.model.scan_unroll = 3
-  c.train.num_steps = 3000
+  c.train.num_steps = 2800
   c.train.batch_size = 4
   c.optimizer.learning_rate = 3e-3
   c.optimizer.schedule = 'cosine'
@@ -90,6 +90,7 @@ def _demo() -> ConfigDict:
   c.evaluate.stride = 128
   c.sample.num_samples = 2
   c.sample.length = 1000
+  c.sample.top_p = 0.95
   return c
 
 

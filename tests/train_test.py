@@ -275,7 +275,7 @@ def test_a_run_begins_with_the_parameters_of_another(undisturbed, capsys):
   assert f'{undisturbed} at step 6' in capsys.readouterr().out
   for found, expected in zip(
     jax.tree.leaves(state.params),
-    jax.tree.leaves(final_params(undisturbed, copy_config())),
+    jax.tree.leaves(final_params(undisturbed, copy_config())[1]),
     strict=True,
   ):
     np.testing.assert_array_equal(found, expected)
@@ -284,7 +284,7 @@ def test_a_run_begins_with_the_parameters_of_another(undisturbed, capsys):
 
 
 def test_another_model_is_no_beginning(undisturbed, tmp_path):
-  with pytest.raises(UserError, match='width|shape|another model'):
+  with pytest.raises(UserError, match=r'width|shape|another model'):
     begin_with(undisturbed, model__mlp_width=8)
   with pytest.raises(UserError, match='folder of a run'):
     begin_with(tmp_path)

@@ -1,8 +1,6 @@
-"""What reading images has in common: files below a folder, and their bytes."""
+"""What reading images has in common: what was found, and bytes of files."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import preparation
 
@@ -16,32 +14,6 @@ class Found:
   items: list[preparation.Item]
   variant: str
   notes: tuple[str, ...]
-
-
-def files_below(folder: Path) -> list[str]:
-  """Names of all files, relative to the folder, sorted; no hidden ones."""
-
-  def refuse(error: OSError) -> None:
-    raise UserError(
-      f'{error.filename} cannot be read ({error.strerror}); allow it with '
-      'chmod, or move it elsewhere'
-    ) from error
-
-  if not folder.is_dir():
-    raise UserError(f'--input={folder} is no folder; give one with images')
-  return sorted(
-    (Path(parent) / name).relative_to(folder).as_posix()
-    for parent, _, names in os.walk(folder, onerror=refuse)
-    for name in names
-    if not name.startswith('.')
-  )
-
-
-def stamp(path: Path) -> str:
-  try:
-    return preparation.stamp(path)
-  except OSError:
-    return ''  # a link to nowhere; the encoder says so by name
 
 
 def read_bytes(path: str, offset: int, size: int) -> bytes:

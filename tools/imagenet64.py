@@ -19,11 +19,12 @@ import image_files
 import numpy as np
 import official_files
 import preparation
+import source_files
 
 from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 
-OORD, CHRABASZCZ = 'imagenet64-oord', 'imagenet64-chrabaszcz'
+EDITIONS = OORD, CHRABASZCZ = 'imagenet64-oord', 'imagenet64-chrabaszcz'
 _SIDE = 64
 _NUM_PUBLISHED = {
   OORD: {'train': 1_281_149, 'validation': 49_999},
@@ -58,7 +59,7 @@ def find(folder: Path) -> image_files.Found | None:
 
 
 def _named(items: list[preparation.Item], edition: str) -> image_files.Found:
-  """Tells the edition, by name and by number."""
+  """Tells the edition, by name and by number, and whether it is complete."""
   numbers = dict.fromkeys(_NUM_PUBLISHED[edition], 0)
   for item in items:
     numbers[item.split] += 1
@@ -70,15 +71,10 @@ def _named(items: list[preparation.Item], edition: str) -> image_files.Found:
           f'images, {number:,}, as that of {other}; name it after the edition '
           'that it is'
         )
-  expected = _NUM_PUBLISHED[edition]
-  if numbers == expected:
-    return image_files.Found(items, edition, (f'this is {edition}, complete',))
-  said = ', '.join(
-    f'{number:,} of {expected[split]:,} in {split}'
-    for split, number in numbers.items()
+  variant, note = source_files.name_variant(
+    edition, numbers, _NUM_PUBLISHED[edition]
   )
-  note = f'this is a part of {edition} ({said}): no published result is of it'
-  return image_files.Found(items, f'{edition}-partial', (note,))
+  return image_files.Found(items, variant, (note,))
 
 
 def _find_oord(folder: Path) -> list[tuple[str, Path]]:
@@ -134,24 +130,19 @@ def _tar_members(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-  kept = member.isdir() or (member.isreg() and not member.issparse())
-  if not kept or _leads_away(member.name):
+  source_files.check_members(path, [member.name])
+  if not member.isdir() and (not member.isreg() or member.issparse()):
     raise UserError(
-      f'{path} holds {member.name!r}, which is a link or no plain file, or '
-      'leads out of its folder: this is not the published tar'
+      f'{path} holds {member.name!r}, which is a link or no plain file; get it '
+      'again where it is published'
     )
 
 
-def _leads_away(name: str) -> bool:
-  pure = PurePosixPath(name.replace('\\', '/'))
-  return pure.is_absolute() or '..' in pure.parts
-
-
 def _folder_members(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-  for name in image_files.files_below(path):
+  for name in source_files.files_below(path):
     file = path / name
     if _is_png(file.name):
-      yield file.name, image_files.stamp(file), (str(file), 0, -1)
+      yield file.name, source_files.stamp(file), (str(file), 0, -1)
 
 
 def _is_png(name: str) -> bool:
@@ -182,7 +173,7 @@ class _Batch:
 
 def _find_batches(folder: Path) -> list[_Batch]:
   found: dict[str, _Batch] = {}
-  for name in image_files.files_below(folder):
+  for name in source_files.files_below(folder):
     path = folder / name
     batches = []
     if matched := _BATCH.fullmatch(path.name):
@@ -207,13 +198,9 @@ def _batches_in(path: Path) -> list[_Batch]:
     raise UserError(
       f'{path} is no readable zip ({error}); download it again'
     ) from error
+  source_files.check_members(path, members)
   batches = []
   for member in members:
-    if _leads_away(member):
-      raise UserError(
-        f'{path} holds {member!r}, which leads out of its folder: this is not '
-        'the published zip'
-      )
     if matched := _BATCH.fullmatch(PurePosixPath(member).name):
       batches.append(_Batch(matched[1], path, member))
   return batches
@@ -232,6 +219,7 @@ def _batch_items(batches: list[_Batch]) -> list[preparation.Item]:
         for row in range(len(_load_batch(*place)))
       ]
       bar.advance(1)
+  _load_batch.cache_clear()  # the workers need the memory
   return items
 
 
@@ -252,9 +240,9 @@ def _load_batch(path: str, member: str) -> np.ndarray:
         with np.load(file, allow_pickle=False) as arrays:
           data = arrays['data']
       else:
-        data = official_files._Unpickler(file, encoding='latin1').load()['data']
+        data = official_files.ArraysOnly(file, encoding='latin1').load()['data']
   except UserError as error:
-    raise UserError(f'{place} {error}') from error
+    raise UserError(f'{place} {error}; download it again') from error
   except Exception as error:  # a damaged file raises anything
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise UserError(
@@ -275,5 +263,5 @@ def _opened(path: str, member: str) -> BinaryIO:
     return open(path, 'rb')
   with zipfile.ZipFile(path) as file:
     if file.getinfo(member).file_size > _MOST_BATCH_BYTES:
-      raise UserError('is larger than a published batch; download it again')
+      raise UserError('is larger than a published batch')
     return io.BytesIO(file.read(member))

@@ -4,12 +4,12 @@ Nothing is unpacked: members of a zip are read where they are, a bounded number
 of bytes at a time.
 """
 
+import collections
 import csv
 import dataclasses
 import functools
 import io
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -18,12 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import preparation
+import source_files
 
 from perceiver_ar.data import midi
 from perceiver_ar.errors import UserError
 
 _SUFFIXES = ('.mid', '.midi')
-_SPLITS = ('train', 'validation', 'test')
 _LIST = re.compile(r'(maestro-[^/]+)\.(csv|json)', re.IGNORECASE)
 _MAX_LIST_BYTES = 64 * 2**20
 # Performances in the splits of each edition.
@@ -60,17 +60,30 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Performances:
-  """Which files are in which split; `notes` are sentences for the user."""
+  """Which files are in which split.
+
+  Attributes:
+    place: where the files are.
+    variant: the edition; with -partial, less or more than that; or ''.
+    split_of: by the file's name in its place.
+    folder: what these names begin with, and those of documents do not.
+    notes: what is odd, as sentences for the user.
+  """
 
   place: Place
   variant: str
-  split_of: dict[str, str]  # by the file's name in its place
-  folder: str  # what these names begin with and documents' do not
+  split_of: dict[str, str]
+  folder: str
   notes: list[str]
 
 
-def find(path: Path, held_out: float) -> Performances:
-  """MAESTRO if its list is there, else all MIDI files."""
+def find(path: Path, held_out: float | None) -> Performances:
+  """MAESTRO if its list is there, else all MIDI files.
+
+  Args:
+    path: a folder or a zip file.
+    held_out: see `source_files.divide`.
+  """
   place = _open(path)
   lists = sorted(
     (name.count('/'), name)  # the list beside the files, not a copy below
@@ -78,6 +91,7 @@ def find(path: Path, held_out: float) -> Performances:
     if _LIST.fullmatch(PurePosixPath(name).name)
   )
   if lists:
+    source_files.refuse_held_out(held_out, path)
     return _maestro(place, lists[0][1])
   return _folder(place, held_out)
 
@@ -116,7 +130,7 @@ def _opened_zip(path: str) -> zipfile.ZipFile:
 
 def _open(path: Path) -> Place:
   if path.is_dir():
-    return Place(path, False, frozenset(_files_below(path)))
+    return Place(path, False, frozenset(source_files.files_below(path)))
   if not path.is_file():
     raise UserError(
       f'--input={path} is not there; give a folder with MIDI files, or a zip '
@@ -130,34 +144,15 @@ def _open(path: Path) -> Place:
       f'--input={path} is no zip file ({error}); give a folder with MIDI '
       'files, or a zip of one'
     ) from error
-  for name in names:
-    parts = name.replace('\\', '/').split('/')
-    if '..' in parts or not parts[0] or ':' in parts[0]:
-      raise UserError(
-        f'--input={path} has a member that leaves its folder, {name!r}; do not '
-        'trust this file, and get it again where it is published'
-      )
+  source_files.check_members(path, names)
   return Place(path, True, frozenset(names))
-
-
-def _files_below(folder: Path) -> list[str]:
-  def refuse(error: OSError) -> None:
-    raise UserError(
-      f'{error.filename} cannot be read ({error.strerror}); allow it with '
-      'chmod, or move it elsewhere'
-    ) from error
-
-  return [
-    (Path(parent) / name).relative_to(folder).as_posix()
-    for parent, _, names in os.walk(folder, onerror=refuse)
-    for name in names
-  ]
 
 
 def _is_midi(name: str) -> bool:
   # Archives of some systems have a ._ file beside every file.
   path = PurePosixPath(name)
-  return path.suffix.lower() in _SUFFIXES and not path.name.startswith('._')
+  is_hidden = any(part.startswith('.') for part in path.parts)
+  return path.suffix.lower() in _SUFFIXES and not is_hidden
 
 
 def _maestro(place: Place, name: str) -> Performances:
@@ -171,15 +166,13 @@ def _maestro(place: Place, name: str) -> Performances:
   others = sum(map(_is_midi, place.names - split_of.keys()))
   if others:
     notes.append(f'{others} MIDI files are not in {name}: ignored')
-  published = _PUBLISHED.get(variant)
-  ours = tuple(list(split_of.values()).count(split) for split in _SPLITS)
-  if published and ours != published:
-    notes.append(
-      f'{name} lists {" / ".join(map(str, ours))} performances and {variant} '
-      f'has {" / ".join(map(str, published))}: results on it are not '
-      'comparable, so it is called partial'
+  if variant in _PUBLISHED:
+    variant, note = source_files.name_variant(
+      variant,
+      collections.Counter(split_of.values()),
+      dict(zip(source_files.SPLITS, _PUBLISHED[variant], strict=True)),
     )
-    variant += '-partial'
+    notes.append(note)
   return Performances(place, variant, split_of, folder, notes)
 
 
@@ -195,10 +188,10 @@ def _splits(
     ) from error
   split_of: dict[str, str] = {}
   for file, split in rows:
-    if split not in _SPLITS:
+    if split not in source_files.SPLITS:
       raise UserError(
         f'{name} says that {file} is of the split {split!r}; it must be one of '
-        f'{", ".join(_SPLITS)}'
+        f'{", ".join(source_files.SPLITS)}'
       )
     parts = str(file).split('/')
     if not file or '..' in parts or not parts[0] or '\\' in str(file):
@@ -227,24 +220,34 @@ def _json_rows(content: str) -> list[tuple[Any, Any]]:
   return [(files[key], splits[key]) for key in files]
 
 
-def _folder(place: Place, held_out: float) -> Performances:
+def _folder(place: Place, held_out: float | None) -> Performances:
   names = sorted(filter(_is_midi, place.names))
   if not names:
     raise UserError(
       f'--input={place.path} holds no .mid or .midi file; give a folder with '
       'MIDI files, or a zip of one'
     )
-  if len(names) == 1:
-    raise UserError(
-      f'--input={place.path} holds one performance, {names[0]}, and one is '
-      'held out; add another'
-    )
-  held = preparation.held_out(names, held_out)
-  split_of = {name: 'validation' if name in held else 'train' for name in names}
-  notes = []
+  # A zip file is one of a folder: splits and names are those of the folder.
+  folder = _wrapper(names) if place.is_zip else ''
+  inside = [name.removeprefix(folder) for name in names]
+  division = source_files.divide(
+    {name: source_files.folder_split(name) for name in inside},
+    held_out,
+    place.path,
+  )
+  split_of = {folder + name: s for name, s in division.split_of.items()}
+  notes = division.notes(place.path)
   if others := len(place.names) - len(names):
-    notes.append(f'{others} files in {place.path} are not MIDI: ignored')
-  return Performances(place, '', split_of, '', notes)
+    notes.append(f'{others:,} files in {place.path} are not MIDI: ignored')
+  return Performances(place, '', split_of, folder, notes)
+
+
+def _wrapper(names: list[str]) -> str:
+  """The folder that all files are in, unless that is a split; or ''."""
+  tops = {name[: name.find('/') + 1] for name in names}
+  if len(tops) > 1 or source_files.folder_split(names[0]):
+    return ''
+  return tops.pop()
 
 
 def read_notes(path: str, name: str, kind: str, stamp: str) -> midi.Notes:

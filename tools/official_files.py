@@ -76,9 +76,11 @@ def read_npz(path: Path) -> Published:
 def read_pickle(path: Path) -> Published:
   content = io.BytesIO(_read(path))
   try:
-    tree = _Unpickler(content).load()
+    tree = ArraysOnly(content).load()
   except UserError as error:
-    raise UserError(f'{path} {error}') from error
+    raise UserError(
+      f'{path} {error}; pickle the parameters as nested dicts of numpy arrays'
+    ) from error
   except Exception as error:  # a damaged pickle raises anything
     raise UserError(
       f'{path} is no readable pickle ({_one_line(error)}); give one of nested '
@@ -193,13 +195,17 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class ArraysOnly(pickle.Unpickler):
+  """Reads numpy arrays in plain containers, and refuses all else.
+
+  A UserError names what it has met; who called it adds the file and the remedy.
+  """
+
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in _ALLOWED:
       raise UserError(
         f'names the global {module}.{name}, and only numpy arrays in plain '
-        'containers are read; pickle the parameters as nested dicts of numpy '
-        'arrays'
+        'containers are read'
       )
     return _ALLOWED[module, name]
 

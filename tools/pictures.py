@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import image_files
 import numpy as np
 import preparation
+import source_files
 
 from perceiver_ar.data import image
 from perceiver_ar.errors import UserError
@@ -28,57 +29,44 @@ class Cut:
   Attributes:
     size: of their sides.
     tiles: step from one tile to the next; None cuts one from the centre.
-    held_out: share of the pictures that is validation.
+    held_out: see `source_files.divide`.
   """
 
   size: int
   tiles: int | None
-  held_out: float
+  held_out: float | None
 
 
 def find(folder: Path, how: Cut) -> image_files.Found:
-  """The pictures below a folder.
-
-  Where it has the folders `train` and `validation` (and perhaps `test`), those
-  are the splits; else pictures are held out by their names.
-  """
-  names = image_files.files_below(folder)
-  pictures = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
-  splits = _splits_of(folder, pictures, how.held_out)
-  items: list[preparation.Item] = []
-  with Progress('look at', len(splits), 'pictures') as bar:
-    for name, split in splits.items():
-      items += _picture_items(folder, name, split, how)
-      bar.advance(1)
-  num_ignored = len(names) - len(splits)
-  notes = (f'{num_ignored:,} files are no pictures of a split: ignored',)
-  return image_files.Found(items, '', notes if num_ignored else ())
-
-
-def _splits_of(
-  folder: Path, names: Sequence[str], held_out: float
-) -> dict[str, str]:
-  """The split of every picture that has one."""
-  tops = {name.split('/')[0] for name in names if '/' in name}
-  if {'train', 'validation'} <= tops:
-    tops &= {'train', 'validation', 'test'}
-    parts = {name: name.split('/')[0] for name in names}
-    return {name: top for name, top in parts.items() if top in tops}
-  if len(names) < 2:
+  """The pictures below a folder, with their splits."""
+  files = source_files.files_below(folder)
+  names = [name for name in files if Path(name).suffix.lower() in _SUFFIXES]
+  if not names:
     raise UserError(
-      f'--input={folder} holds {len(names)} pictures, and at least one is '
-      'trained on and one held out; give a folder with more '
+      f'--input={folder} holds no pictures; give a folder with some '
       f'({" ".join(sorted(_SUFFIXES))})'
     )
-  held = preparation.held_out(names, held_out)
-  return {name: 'validation' if name in held else 'train' for name in names}
+  division = source_files.divide(
+    {name: source_files.folder_split(name) for name in names},
+    how.held_out,
+    folder,
+  )
+  items: list[preparation.Item] = []
+  with Progress('look at', len(division.split_of), 'pictures') as bar:
+    for name, split in division.split_of.items():
+      items += _picture_items(folder, name, split, how)
+      bar.advance(1)
+  notes = division.notes(folder)
+  if others := len(files) - len(names):
+    notes.append(f'{others:,} files in {folder} are no pictures: ignored')
+  return image_files.Found(items, '', tuple(notes))
 
 
 def _picture_items(
   folder: Path, name: str, split: str, how: Cut
 ) -> Iterator[preparation.Item]:
   path = folder / name
-  stamp = image_files.stamp(path)
+  stamp = source_files.stamp(path)
   if how.tiles is None:
     yield preparation.Item(name, split, ('centre', str(path)), stamp)
     return

@@ -35,7 +35,7 @@ from perceiver_ar.data.tokens import Codec
 from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 
-MAX_REJECTED = 0.01  # of the items; with more, something else is wrong
+MAX_REJECTED = 0.01  # of the files; with more, something else is wrong
 
 
 class Document(NamedTuple):
@@ -149,6 +149,7 @@ def prepare(
   per_part: int,
   workers: int,
   strict: bool,
+  num_files: int,
   published: Published,
 ) -> records.Manifest:
   """Encodes the items and writes the data set, or goes on with that.
@@ -166,6 +167,7 @@ def prepare(
     per_part: items that are encoded, and lost in an interruption, together.
     workers: processes; 1 works in this one.
     strict: whether the first bad item ends it.
+    num_files: of which 1 % may be bad; several items may come of one.
     published: of complete splits: the number of documents, and the counts
       that published results are divided by.
 
@@ -181,7 +183,8 @@ def prepare(
     job = job | {'kind': kind, 'variant': variant, 'codec': codec.sha256}
     parts = _Parts(folder, items, per_part, job | {'positions': positions})
     dtype = records.token_dtype(codec.vocab_size)
-    _encode_all(parts, encoder, dtype, unit, workers=workers, strict=strict)
+    rejected = _Rejected(parts, num_files, strict)
+    _encode_all(parts, encoder, dtype, unit, rejected, workers)
     target = writer.Writer(
       output, kind=kind, variant=variant, codec=codec, positions=positions
     )
@@ -284,14 +287,12 @@ def _encode_all(
   encoder: Encoder,
   dtype: np.dtype,
   unit: str,
-  *,
+  rejected: '_Rejected',
   workers: int,
-  strict: bool,
 ) -> None:
   done = [part for part in range(len(parts)) if parts.is_sound(part)]
   missing = sorted(set(range(len(parts))) - set(done))
   num_done = sum(len(parts[part]) for part in done)
-  rejected = _Rejected(parts, strict)
   with Progress('encode', len(parts.items), unit, completed=num_done) as bar:
     for part in done:
       rejected.look_at(part)
@@ -392,9 +393,10 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 class _Rejected:
   """Bad items so far; raises when they are too many."""
 
-  def __init__(self, parts: _Parts, strict: bool):
+  def __init__(self, parts: _Parts, num_files: int, strict: bool):
     self._parts = parts
-    self._most = 0 if strict else MAX_REJECTED * len(parts.items)
+    self._num_files = num_files
+    self._most = 0 if strict else MAX_REJECTED * num_files
     self._strict = strict
     self._lines: list[dict[str, Any]] = []
 
@@ -408,7 +410,7 @@ class _Rejected:
     if self._strict:
       raise UserError(first)
     raise UserError(
-      f'{len(self._lines)} of {len(self._parts.items)} are bad, more than '
+      f'{len(self._lines)} of {self._num_files} are bad, more than '
       f'{MAX_REJECTED:.0%}, such as {first}'
     )
 

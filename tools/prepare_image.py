@@ -12,8 +12,9 @@ The folder holds one of
     that for a moment): lower --workers if memory is short.
   Pictures of any size, at any depth. The largest square in the middle of each
     is reduced to --size by a box filter; or --tiles=STRIDE cuts it into
-    squares of --size at full, half and quarter scale. If there are folders
-    train/ and validation/ these are the splits; else pictures are held out
+    squares of --size at full, half and quarter scale. If there is a folder
+    train/, the folders train/, validation/ and test/ are the splits and the
+    rest is ignored; where there is no validation/, some pictures are held out
     by their names. What is transparent becomes white.
 
 Every image is one document: SOS, and then its sub-pixels, each a byte, in one
@@ -35,13 +36,17 @@ import imagenet64
 import numpy as np
 import pictures
 import preparation
+import source_files
 
 from perceiver_ar.data import image, layouts, tokens
 from perceiver_ar.errors import UserError
 
 _PER_PART = 1024
 _SIZE = 64
-_HELD_OUT = 0.05
+_CONFIGS: dict[str, str] = dict.fromkeys(
+  imagenet64.EDITIONS, 'configs/images.py:imagenet64'
+)
+_SMALL = 'configs/images.py:small'  # where nothing is published
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +84,16 @@ def prepare(args: argparse.Namespace) -> None:
     per_part=_PER_PART,
     workers=args.workers,
     strict=args.strict,
+    num_files=len(found.items),
     published={},
   )
   preparation.summary(manifest, args.output)
-  path = shlex.quote(f'--config.data.path={args.output}')
-  print(
-    f'perceiver-ar train --config=configs/images.py:small {path} '
-    '--workdir=runs/images'
-  )
+  edition = found.variant.removesuffix(source_files.PARTIAL)
+  command = [
+    f'perceiver-ar train --config={_CONFIGS.get(edition, _SMALL)}',
+    shlex.quote(f'--config.data.path={args.output}'),
+  ]
+  print('Next:', *command, '--workdir=runs/images')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +144,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--held_out',
     type=float,
-    help=f'share of the pictures in the split validation ({_HELD_OUT})',
+    help='share in the split validation, where there is none '
+    f'({source_files.HELD_OUT})',
   )
   return parser.parse_args(argv)
 
@@ -152,11 +160,9 @@ def _check(args: argparse.Namespace) -> None:
     value = getattr(args, name)
     if value is not None and value < 1:
       raise UserError(f'--{name}={value} must be at least 1')
-  if args.held_out is not None and not 0 < args.held_out < 1:
-    raise UserError(
-      f'--held_out={args.held_out} must lie between 0 and 1: the share of the '
-      'pictures that are not trained on'
-    )
+  if not args.input.is_dir():
+    raise UserError(f'--input={args.input} is no folder; give one with images')
+  preparation.check_apart(args.input, args.output)
 
 
 def _find(args: argparse.Namespace) -> image_files.Found:
@@ -165,7 +171,7 @@ def _find(args: argparse.Namespace) -> image_files.Found:
     how = pictures.Cut(
       size=args.size or _SIZE,
       tiles=args.tiles,
-      held_out=args.held_out or _HELD_OUT,
+      held_out=args.held_out,
     )
     return pictures.find(args.input, how)
   for name in ('size', 'tiles', 'held_out'):

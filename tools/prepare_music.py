@@ -3,10 +3,11 @@
   python tools/prepare_music.py --input=MAESTRO --output=DATA
 
 MAESTRO is an edition of that collection, as the downloaded zip or its folder,
-with its published splits; or any folder or zip of MIDI files, of which some are
-held out by their names. Every performance is one document: SOS, its events,
-EOS. With --augment, the training split has each of them at five speeds in
-seven keys.
+with its published splits; or any folder or zip of MIDI files. If that has a
+folder train/, the folders train/, validation/ and test/ are the splits and the
+rest is ignored; where there is no validation/, some are held out by their
+names. Every performance is one document: SOS, its events, EOS. With --augment,
+the training split has each of them at five speeds in seven keys.
 
   python tools/prepare_music.py --print_tokens FILE.mid [--vocabulary=308]
 
@@ -25,10 +26,16 @@ from pathlib import Path
 import music_sources
 import numpy as np
 import preparation
+import source_files
 
 from perceiver_ar.data import layouts, midi, music, tokens
 from perceiver_ar.errors import UserError
 
+_CONFIGS = {
+  'maestro-v1.0.0': 'configs/music.py:maestro_v1',
+  'maestro-v3.0.0': 'configs/music.py:maestro_v3',
+}
+_SMALL = 'configs/music.py:small'  # where nothing is published
 _STRETCHES = (0.95, 0.975, 1.0, 1.025, 1.05)
 _TRANSPOSES = (-3, -2, -1, 0, 1, 2, 3)
 _AS_PLAYED = (1.0, 0)
@@ -42,10 +49,10 @@ class Encoder:
   num_events: int
 
   def __call__(self, item: preparation.Item) -> preparation.Document | None:
-    *source, stretch, transpose = item.source
+    path, name, kind, stretch, transpose = item.source
     is_as_played = (stretch, transpose) == _AS_PLAYED
     try:
-      notes = music_sources.read_notes(*source, item.stamp)
+      notes = music_sources.read_notes(path, name, kind, item.stamp)
       music.check(notes, self.num_events)
     except UserError:
       if is_as_played:
@@ -74,11 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace) -> None:
   """Finds the performances, encodes them and says what there is."""
-  if not 0 < args.held_out < 1:
-    raise UserError(
-      f'--held_out={args.held_out} must lie between 0 and 1: the share of the '
-      'performances that are not trained on'
-    )
+  preparation.check_apart(args.input, args.output)
   codec = music.MusicCodec(args.vocabulary)
   found = music_sources.find(args.input, args.held_out)
   for note in found.notes:
@@ -96,11 +99,13 @@ def prepare(args: argparse.Namespace) -> None:
     per_part=_PER_PART,
     workers=args.workers,
     strict=args.strict,
+    num_files=len(found.split_of),
     published={},
   )
   preparation.summary(manifest, args.output)
+  edition = found.variant.removesuffix(source_files.PARTIAL)
   command = [
-    'perceiver-ar train --config=configs/music.py:small',
+    f'perceiver-ar train --config={_CONFIGS.get(edition, _SMALL)}',
     shlex.quote(f'--config.data.path={args.output}'),
   ]
   if codec.num_events != music.VOCABULARIES[0]:
@@ -186,8 +191,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     '--held_out',
     type=float,
-    default=0.05,
-    help='share in the split validation, except of MAESTRO (0.05)',
+    help='share in the split validation, where there is none '
+    f'({source_files.HELD_OUT})',
   )
   return parser.parse_args(argv)
 

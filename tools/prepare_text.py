@@ -5,16 +5,17 @@
 The input is one of these, and is recognised:
 
   a folder with .txt files, at any depth
-  PG-19: train/, validation/, test/ and metadata.csv
+  PG-19: train/, validation/, test/ with NUMBER.txt, and metadata.csv
   Wikitext-103 raw: wikitext-103-raw-v1.zip, or its folder
   the parquet files of a mirror of either
   .jsonl files, a text a line: "..." or {"text": "..."}
 
-Every text is one document, kept to the byte. Where nobody has split them,
-some whole documents are held out as the split `validation`, chosen by their
-names alone. Tokens are bytes; or subwords of a vocabulary that is trained on
-the split `train` only; or of one that you have. Equal input gives an equal
-data set, byte for byte. Interrupted, it goes on where it was.
+Every text is one document, kept to the byte. If there is a folder train/ (or a
+train.jsonl), the folders train/, validation/ and test/ are the splits and the
+rest is ignored; where there is no validation/, some whole documents are held
+out, chosen by their names alone. Tokens are bytes; or subwords of a vocabulary
+that is trained on the split `train` only; or of one that you have. Equal input
+gives an equal data set, byte for byte. Interrupted, it goes on where it was.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import preparation
+import source_files
 import text_places
 import text_sources
 
@@ -39,10 +41,12 @@ from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 
 _MEGABYTE = 1_000_000
+_VOCAB_SIZE, _VOCAB_MEGABYTES = 32_000, 256  # of sentencepiece
 _CONFIGS = {
   'pg19': 'configs/books.py:pg19',
   'wikitext-103-raw': 'configs/books.py:wikitext103',
 }
+_SMALL = 'configs/books.py:small'  # where nothing is published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +64,13 @@ class VocabularyOptions:
   megabytes: int
 
 
-BYTES = VocabularyOptions(name='bytes', size=0, megabytes=0)
-
-
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
   """Makes a document of a text, with the vocabulary in a folder."""
 
   vocabulary: tokens.Vocabulary
   folder: str
+  ends_are_words: bool
 
   def __call__(self, item: preparation.Item) -> preparation.Document:
     data = _plain(text_places.read(item.source))
@@ -78,7 +80,8 @@ class TextEncoder:
         f'it has {len(tokens_T)} tokens, and a document needs two; move it '
         'elsewhere'
       )
-    counts = {'bytes': len(data), 'words': len(data.decode().split())}
+    num_words = text_places.num_words(data, self.ends_are_words)
+    counts = {'bytes': len(data), 'words': num_words}
     whole_T = np.concatenate([[tokens.SOS], tokens_T, [tokens.EOS]])
     return preparation.Document(whole_T, counts)
 
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parse(argv)
 
   def work() -> None:
+    preparation.check_apart(args.input, args.output)
+    vocabulary = _vocabulary_options(args)
     texts = text_sources.find(
       args.input,
       format=args.format,
@@ -94,9 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
       text_key=args.text_key,
     )
     print(*texts.notes, sep='\n')
-    vocabulary = VocabularyOptions(
-      args.vocabulary, args.vocab_size, args.vocab_megabytes
-    )
     manifest = prepare(
       texts,
       args.output,
@@ -126,17 +128,18 @@ def prepare(
   )
   return preparation.prepare(
     texts.items,
-    TextEncoder(about, str(file.parent) if file else ''),
+    TextEncoder(about, str(file.parent) if file else '', texts.ends_are_words),
     output=output,
     kind='text',
     variant=texts.variant,
     codec=codec,
     positions=layouts.INDEX,
-    job={},
+    job={'ends_are_words': texts.ends_are_words},
     unit='documents',
     per_part=texts.per_part,
     workers=workers,
     strict=strict,
+    num_files=len(texts.items),
     published=texts.published,
   )
 
@@ -164,27 +167,41 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--vocab_size',
     type=int,
-    default=32_000,
-    help='of sentencepiece (32000)',
+    help=f'of sentencepiece ({_VOCAB_SIZE})',
   )
   parser.add_argument(
     '--vocab_megabytes',
     type=int,
-    default=256,
-    help='of the training split, what sentencepiece is trained on (256)',
+    help='of the training split, what sentencepiece is trained on '
+    f'({_VOCAB_MEGABYTES})',
   )
   parser.add_argument(
     '--held_out',
     type=float,
-    default=0.05,
-    help='share of the documents in the split validation (0.05)',
+    help='share in the split validation, where there is none '
+    f'({source_files.HELD_OUT})',
   )
   parser.add_argument(
     '--text_key',
-    default='text',
     help='of JSONL: which string of an object is its text (text)',
   )
   return parser.parse_args(argv)
+
+
+def _vocabulary_options(args: argparse.Namespace) -> VocabularyOptions:
+  values = {'vocab_size': _VOCAB_SIZE, 'vocab_megabytes': _VOCAB_MEGABYTES}
+  for name in values:
+    if (value := getattr(args, name)) is None:
+      continue
+    if args.vocabulary != 'sentencepiece':
+      raise UserError(
+        f'--{name}={value} is of --vocabulary=sentencepiece, and not of '
+        f'--vocabulary={args.vocabulary}; leave it out'
+      )
+    values[name] = value
+  return VocabularyOptions(
+    args.vocabulary, values['vocab_size'], values['vocab_megabytes']
+  )
 
 
 def _plain(data: bytes) -> bytes:
@@ -286,15 +303,14 @@ def _read_each(
 
 
 def _print_next(manifest: records.Manifest, output: Path) -> None:
-  config = _CONFIGS.get(manifest.variant, 'configs/books.py:small')
+  edition = manifest.variant.removesuffix(source_files.PARTIAL)
   command = [
-    f'perceiver-ar train --config={config}',
+    f'perceiver-ar train --config={_CONFIGS.get(edition, _SMALL)}',
     shlex.quote(f'--config.data.path={output}'),
   ]
-  if manifest.vocabulary.kind != 'bytes' or manifest.variant in _CONFIGS:
+  if manifest.vocabulary.kind != 'bytes' or edition in _CONFIGS:
     command.append(f'--config.model.vocab_size={manifest.vocabulary.size}')
-  print('Next:')
-  print(' '.join([*command, '--workdir=runs/books']))
+  print('Next:', *command, '--workdir=runs/books')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ no folder of their own, and out of everything if there is no train/ either.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import preparation
@@ -22,6 +22,7 @@ SPLIT_OF = {name: name for name in SPLITS} | {
   'dev': 'validation',
 }
 HELD_OUT = 0.05  # of the documents, where the user has not said
+PARTIAL = '-partial'  # ends the name of a published set that is not all there
 
 
 class Division(NamedTuple):
@@ -72,7 +73,7 @@ def stamp(path: Path) -> str:
 def folder_split(name: str) -> str:
   """The split that the first folder of a relative name stands for, or ''."""
   top, slash, _ = name.partition('/')
-  return SPLIT_OF.get(top, '') if slash else ''
+  return SPLIT_OF.get(top.lower(), '') if slash else ''
 
 
 def divide(
@@ -114,7 +115,7 @@ def _held_out(names: list[str], share: float, path: Path) -> set[str]:
   if len(names) < 2:
     raise UserError(
       f'--input={path} holds one document to train on, {"".join(names)}, and '
-      'one is held out; add another, or cut it in two'
+      'one is held out; add another'
     )
   return preparation.held_out(names, share)
 
@@ -122,17 +123,41 @@ def _held_out(names: list[str], share: float, path: Path) -> set[str]:
 def refuse_held_out(held_out: float | None, path: Path) -> None:
   if held_out is not None:
     raise UserError(
-      f'--held_out={held_out} is for inputs without a split validation, and '
-      f'--input={path} has one; leave it out'
+      f'--held_out={held_out} is for inputs without splits of their own, and '
+      f'--input={path} has them; leave it out'
     )
+
+
+def name_variant(
+  variant: str, found: Mapping[str, int], published: Mapping[str, int]
+) -> tuple[str, str]:
+  """What a published set is called if this is found of it, and a sentence.
+
+  It has its plain name if every split that is there is complete.
+
+  Args:
+    variant: the plain name.
+    found: items of each split.
+    published: the same, as published.
+  """
+  there = {split: number for split, number in found.items() if number}
+  said = ', '.join(
+    f'{number:,} of {published[split]:,} in {split}'
+    for split, number in there.items()
+  )
+  if all(number == published[split] for split, number in there.items()):
+    return variant, f'this is {variant} ({said})'
+  return f'{variant}{PARTIAL}', (
+    f'this is a part of {variant} ({said}): published results are of all of it'
+  )
 
 
 def check_members(path: Path, names: Iterable[str]) -> None:
   """Refuses an archive with a member that would lie outside its folder."""
   for name in names:
-    pure = PurePosixPath(name.replace('\\', '/'))
-    parts = pure.parts
-    if not parts or pure.is_absolute() or '..' in parts or ':' in parts[0]:
+    # It knows what leads away anywhere: both slashes, and letters of drives.
+    pure = PureWindowsPath(name)
+    if not name or pure.anchor or '..' in pure.parts:
       raise UserError(
         f'{path} has a member that leaves its folder, {name!r}; do not trust '
         'this file, and get it again where it is published'

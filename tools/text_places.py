@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import preparation
+import source_files
 import text_parquet
 
 from perceiver_ar.errors import UserError
 
-SPLITS = ('train', 'validation', 'test')
-SPLIT_OF = {name: name for name in SPLITS} | {
-  'valid': 'validation',
-  'val': 'validation',
-  'dev': 'validation',
-}
 WHOLE = -1  # as the length of what is read of a file
 
 
@@ -34,9 +28,10 @@ class Texts:
 
   Attributes:
     items: in the order of the data set.
-    variant: pg19, wikitext-103-raw or ''.
+    variant: pg19, wikitext-103-raw, the same -partial, or ''.
     published: see `preparation.prepare`.
     per_part: items that are worth a part.
+    ends_are_words: whether the end of a line counts as a word.
     notes: what was found, and what is odd about it, as sentences.
   """
 
@@ -44,6 +39,7 @@ class Texts:
   variant: str
   published: preparation.Published
   per_part: int
+  ends_are_words: bool
   notes: list[str]
 
 
@@ -64,36 +60,13 @@ def read(source: Any) -> bytes:
   return readers[how](*where)
 
 
-def files_below(folder: Path) -> list[str]:
-  """Names of all files, relative to the folder, with / between the parts."""
-
-  def refuse(error: OSError) -> None:
-    raise UserError(
-      f'{error.filename} cannot be read ({error.strerror}); allow it with '
-      'chmod, or move it elsewhere'
-    ) from error
-
-  return [
-    (Path(parent) / name).relative_to(folder).as_posix()
-    for parent, _, names in os.walk(folder, onerror=refuse)
-    for name in names
-  ]
-
-
 def file_item(path: Path, name: str, split: str) -> preparation.Item:
   try:
     num_bytes = path.stat().st_size
   except OSError:  # reading it will say why
     num_bytes = 0
   source = ('range', num_bytes, str(path), 0, WHOLE)
-  return preparation.Item(name, split, source, stamp(path))
-
-
-def stamp(path: Path) -> str:
-  try:
-    return preparation.stamp(path)
-  except OSError:
-    return ''
+  return preparation.Item(name, split, source, source_files.stamp(path))
 
 
 def some(
@@ -107,12 +80,23 @@ def some(
 def numbers(items: list[preparation.Item]) -> str:
   splits = [item.split for item in items]
   return ', '.join(
-    f'{splits.count(split):,} {split}' for split in SPLITS if split in splits
+    f'{splits.count(split):,} {split}'
+    for split in source_files.SPLITS
+    if split in splits
   )
 
 
 def parquet(spans: list[text_parquet.Span]) -> Any:
   return ('parquet', sum(span.size for span in spans), spans)
+
+
+def num_words(data: bytes, ends_are_words: bool) -> int:
+  """What white space separates; and the ends of lines, if they are words."""
+  if not ends_are_words:
+    return len(data.decode().split())
+  # Here nothing but ASCII separates, as where the published numbers are from.
+  is_open = bool(data) and not data.endswith(b'\n')
+  return len(data.split()) + data.count(b'\n') + is_open
 
 
 @contextlib.contextmanager
@@ -152,7 +136,7 @@ def _read_range(path: str, at: int, length: int) -> bytes:
 def _read_zip(path: str, member: str, at: int, length: int) -> bytes:
   with naming(path):
     # Going forwards in it is as cheap as reading it once.
-    file = _opened_member(path, member, stamp(Path(path)))
+    file = _opened_member(path, member, source_files.stamp(Path(path)))
     file.seek(at)
     return file.read(length)
 

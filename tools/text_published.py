@@ -1,13 +1,15 @@
 """Finds the texts of PG-19 and Wikitext-103, in every form they come in."""
 
 import array
-import os
+import collections
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import preparation
+import source_files
 import text_parquet
 import text_places
 
@@ -25,18 +27,32 @@ _WIKITEXT_WORDS: preparation.Published = {
   'validation': (60, {'words': 217_646}),
   'test': (60, {'words': 245_569}),
 }
+# Wikitext-2 has the same files, and its evaluation splits are the same, too.
+_WIKITEXT2_WORDS = _WIKITEXT_WORDS | {'train': (600, {'words': 2_088_628})}
 _WIKITEXT_FILES = {
   'train': 'wiki.train.raw',
   'validation': 'wiki.valid.raw',
   'test': 'wiki.test.raw',
 }
+_BOOK = re.compile(r'[0-9]+\.txt')
 
 
 # PG-19
 
 
 def split_folders(path: Path) -> list[str]:
-  return [split for split in text_places.SPLITS if (path / split).is_dir()]
+  return [split for split in source_files.SPLITS if (path / split).is_dir()]
+
+
+def is_pg19(path: Path) -> bool:
+  """Whether a folder is, by its metadata.csv or by the names of its books."""
+  splits = split_folders(path)
+  if (path / 'metadata.csv').is_file():
+    return bool(splits)
+  if splits != list(source_files.SPLITS):
+    return False
+  names = [source_files.files_below(path / split) for split in splits]
+  return all(names) and all(_BOOK.fullmatch(n) for some in names for n in some)
 
 
 def pg19(path: Path) -> text_places.Texts:
@@ -45,16 +61,29 @@ def pg19(path: Path) -> text_places.Texts:
     items = _pg19_parquet(path)
   else:
     items = _pg19_folders(path)
-    notes = _against_metadata(path / 'metadata.csv', items)
+    notes = _outside(path) + _against_metadata(path / 'metadata.csv', items)
+  variant, about = source_files.name_variant(
+    'pg19',
+    collections.Counter(item.split for item in items),
+    {split: number for split, (number, _) in _PG19_WORDS.items()},
+  )
   found = f'{path}: PG-19, {text_places.numbers(items)} books'
-  return text_places.Texts(items, 'pg19', _PG19_WORDS, 16, [found, *notes])
+  return text_places.Texts(
+    items=items,
+    variant=variant,
+    published=_PG19_WORDS,
+    per_part=16,
+    ends_are_words=False,
+    notes=[found, *notes, about],
+  )
 
 
 def _pg19_folders(path: Path) -> list[preparation.Item]:
   items = []
   for split in split_folders(path):
+    files = source_files.files_below(path / split)
     names = sorted(
-      (name for name in os.listdir(path / split) if name.endswith('.txt')),
+      (name for name in files if name.endswith('.txt')),
       key=lambda name: (len(name), name),  # as numbers
     )
     items += [
@@ -66,8 +95,22 @@ def _pg19_folders(path: Path) -> list[preparation.Item]:
   )
 
 
+def _outside(path: Path) -> list[str]:
+  others = [
+    name
+    for name in source_files.files_below(path)
+    if name.split('/')[0] not in source_files.SPLITS and name != 'metadata.csv'
+  ]
+  return source_files.Division({}, len(others)).notes(path)
+
+
 def _against_metadata(path: Path, items: list[preparation.Item]) -> list[str]:
   """What only one of folders and metadata.csv knows, as sentences."""
+  if not path.exists():
+    return [
+      f'{path} is missing: books are not checked; if this is not PG-19, give '
+      '--format=folder'
+    ]
   try:
     rows = path.read_bytes().decode(errors='replace').splitlines()
   except OSError as error:
@@ -93,7 +136,7 @@ def _pg19_parquet(path: Path) -> list[preparation.Item]:
   for split, files in _by_split(path).items():
     found: list[preparation.Item] = []
     for file in files:
-      stamp = text_places.stamp(file)
+      stamp = source_files.stamp(file)
       for url, span in text_parquet.books(file):
         # .../cache/epub/1234/pg1234.txt, .../ebooks/1234
         number = url.rstrip('/').rpartition('/')[2].removeprefix('pg')
@@ -123,19 +166,31 @@ def wikitext(path: Path) -> text_places.Texts:
     per_split = _wikitext_files(folder)
   else:
     per_split = _wikitext_parquet(path)
-  items, published = [], {}
+  is_small = 'wikitext-2' in str(path.resolve()).lower()
+  name = 'wikitext-2-raw' if is_small else 'wikitext-103-raw'
+  published = dict(_WIKITEXT2_WORDS if is_small else _WIKITEXT_WORDS)
+  items = []
   for split, (found, num_words) in per_split.items():
     items += found
-    num_articles, counts = _WIKITEXT_WORDS[split]
-    # Complete is what has as many articles or as many words as published.
-    if len(found) == num_articles or num_words == counts['words']:
+    counts = published[split][1]
+    # With all its words it is complete, into how many articles it is cut.
+    if num_words == counts['words']:
       published[split] = (len(found), counts)
   text_places.some(items, path, 'articles')
-  # Wikitext-2 has the same files, and its evaluation splits are the same, too.
-  is_small = 'wikitext-2' in str(path.resolve()).lower()
-  variant = 'wikitext-2-raw' if is_small else 'wikitext-103-raw'
-  found = f'{path}: {variant}, {text_places.numbers(items)} articles'
-  return text_places.Texts(items, variant, published, 256, [found])
+  variant, about = source_files.name_variant(
+    name,
+    {split: len(found) for split, (found, _) in per_split.items()},
+    {split: number for split, (number, _) in published.items()},
+  )
+  found = f'{path}: {name}, {text_places.numbers(items)} articles'
+  return text_places.Texts(
+    items=items,
+    variant=variant,
+    published=published,
+    per_part=256,
+    ends_are_words=True,
+    notes=[found, about],
+  )
 
 
 Articles = tuple[list[preparation.Item], int]  # and their words
@@ -148,7 +203,7 @@ def _wikitext_files(folder: Path) -> dict[str, Articles]:
     if not path.is_file():
       continue
     with text_places.naming(path), path.open('rb') as file:
-      articles = _Articles(split, text_places.stamp(path))
+      articles = _Articles(split, source_files.stamp(path))
       for line in file:
         articles.add(line)
     make = lambda at, length, path=path: (
@@ -161,6 +216,7 @@ def _wikitext_files(folder: Path) -> dict[str, Articles]:
 def _wikitext_zip(path: Path) -> dict[str, Articles]:
   per_split = {}
   with text_places.naming(path), zipfile.ZipFile(path) as archive:
+    source_files.check_members(path, archive.namelist())
     for split, name in _WIKITEXT_FILES.items():
       members = [
         member
@@ -172,7 +228,7 @@ def _wikitext_zip(path: Path) -> dict[str, Articles]:
           f'{path} has {len(members)} members {name}, and wikitext has one; '
           'give its zip as it was downloaded'
         )
-      articles = _Articles(split, text_places.stamp(path))
+      articles = _Articles(split, source_files.stamp(path))
       with archive.open(members[0]) as file:
         for line in file:
           articles.add(line)
@@ -186,7 +242,7 @@ def _wikitext_zip(path: Path) -> dict[str, Articles]:
 def _wikitext_parquet(path: Path) -> dict[str, Articles]:
   per_split = {}
   for split, files in _by_split(path).items():
-    stamp = ' '.join(text_places.stamp(file) for file in files)
+    stamp = ' '.join(source_files.stamp(file) for file in files)
     articles = _Articles(split, stamp)
     groups: list[tuple[str, int, int]] = []
     lengths = array.array('i')
@@ -248,7 +304,7 @@ class _Articles:
       self._blank_at = self._at
     self._after_blank = is_blank
     self._at += len(line)
-    self._num_words += len(line.split()) + 1
+    self._num_words += text_places.num_words(line, ends_are_words=True)
 
   def items(self, make: Callable[[int, int], Any]) -> Articles:
     """`make` turns offset and length into a source."""
@@ -278,7 +334,7 @@ def parquet_files(path: Path) -> list[Path]:
     return [path]
   files = sorted(
     path / name
-    for name in text_places.files_below(path)
+    for name in source_files.files_below(path)
     if name.endswith('.parquet')
   )
   # A mirror of Wikitext holds its four sizes side by side.
@@ -294,9 +350,11 @@ def parquet_files(path: Path) -> list[Path]:
 
 def _by_split(path: Path) -> dict[str, list[Path]]:
   """Parquet files by what their names begin with."""
-  per_split: dict[str, list[Path]] = {split: [] for split in text_places.SPLITS}
+  per_split: dict[str, list[Path]] = {
+    split: [] for split in source_files.SPLITS
+  }
   for file in parquet_files(path):
-    split = text_places.SPLIT_OF.get(file.name.split('-')[0].split('.')[0])
+    split = source_files.SPLIT_OF.get(file.name.split('-')[0].split('.')[0])
     if split is None:
       raise UserError(
         f'{file} does not say which split it is; its name must begin with '

@@ -9,43 +9,45 @@ import os
 from pathlib import Path
 
 import preparation
+import source_files
 import text_parquet
 import text_places
 import text_published
 
 from perceiver_ar.errors import UserError
 
+_PUBLISHED = {'pg19': text_published.pg19, 'wikitext': text_published.wikitext}
 FORMATS = ('auto', 'folder', 'pg19', 'wikitext', 'jsonl')
 
 
 def find(
-  path: Path, *, format: str, held_out: float, text_key: str
+  path: Path, *, format: str, held_out: float | None, text_key: str | None
 ) -> text_places.Texts:
   """Lists the texts below a path.
 
   Args:
     path: a folder, or a file of one of the formats.
     format: one of FORMATS.
-    held_out: share of the documents for validation where nobody has split.
-    text_key: of JSONL, what the text of an object is called.
+    held_out: see `source_files.divide`.
+    text_key: of JSONL, what the text of an object is called; None if the user
+      has not said.
   """
-  if not 0 < held_out < 1:
-    raise UserError(
-      f'--held_out={held_out} must lie between 0 and 1: the share of the '
-      'documents that are not trained on'
-    )
   if not path.exists():
     raise UserError(
       f'--input={path} is no folder, and no file either; check the name'
     )
   if format == 'auto':
     format = _recognised(path)
-  if format == 'pg19':
-    return text_published.pg19(path)
-  if format == 'wikitext':
-    return text_published.wikitext(path)
   if format == 'jsonl':
-    return _jsonl(path, held_out, text_key)
+    return _jsonl(path, held_out, 'text' if text_key is None else text_key)
+  if text_key is not None:
+    raise UserError(
+      f'--text_key={text_key} is of JSONL, and --input={path} is none; leave '
+      'it out'
+    )
+  if format in _PUBLISHED:
+    source_files.refuse_held_out(held_out, path)
+    return _PUBLISHED[format](path)
   return _folder(path, held_out)
 
 
@@ -61,10 +63,10 @@ def _recognised(path: Path) -> str:
     )
   if text_published.wikitext_folder(path):
     return 'wikitext'
-  if (path / 'metadata.csv').is_file() and text_published.split_folders(path):
+  if text_published.is_pg19(path):
     return 'pg19'
   endings = {
-    os.path.splitext(name)[1].lower() for name in text_places.files_below(path)
+    os.path.splitext(name)[1].lower() for name in source_files.files_below(path)
   }
   if '.txt' not in endings:
     if '.parquet' in endings:
@@ -90,25 +92,36 @@ def _parquet_format(files: list[Path]) -> str:
 # JSONL
 
 
-def _jsonl(path: Path, held_out: float, text_key: str) -> text_places.Texts:
-  base = path.parent if path.is_file() else path
-  files = [path]
-  if path.is_dir():
-    names = text_places.files_below(path)
-    files = sorted(path / name for name in names if name.endswith('.jsonl'))
+def _named_split(name: str) -> str:
+  """By its folder, or by its own name, such as train.jsonl."""
+  stem = Path(name).stem.lower()
+  return source_files.folder_split(name) or source_files.SPLIT_OF.get(stem, '')
+
+
+def _jsonl(
+  path: Path, held_out: float | None, text_key: str
+) -> text_places.Texts:
+  if path.is_file():
+    base, named = path.parent, {path.name: ''}
+  else:
+    base, files = path, source_files.files_below(path)
+    named = {n: _named_split(n) for n in files if n.endswith('.jsonl')}
   items = []
-  for file in files:
-    items += _json_lines(file, file.relative_to(base).as_posix(), text_key)
+  for name, split in named.items():
+    items += _json_lines(base / name, name, split, text_key)
   text_places.some(items, path, 'lines in .jsonl files')
-  if len(files) == 1 or not all(item.split for item in items):
-    items = _split_by_name(items, held_out, path)
+  items, division = _divided(items, held_out, path)
   found = f'{path}: JSONL, {text_places.numbers(items)} documents'
-  return text_places.Texts(items, '', {}, 1024, [found])
+  if division.num_outside:
+    outside = sum(not split for split in named.values())
+    division = division._replace(num_outside=outside)
+  return _plain_texts(items, 1024, [found, *division.notes(path)])
 
 
-def _json_lines(file: Path, name: str, text_key: str) -> list[preparation.Item]:
-  split = text_places.SPLIT_OF.get(file.stem, '')
-  stamp = text_places.stamp(file)
+def _json_lines(
+  file: Path, name: str, split: str, text_key: str
+) -> list[preparation.Item]:
+  stamp = source_files.stamp(file)
   items, at = [], 0
   with text_places.naming(file), file.open('rb') as lines:
     for number, line in enumerate(lines, start=1):
@@ -122,40 +135,48 @@ def _json_lines(file: Path, name: str, text_key: str) -> list[preparation.Item]:
 # Folders
 
 
-def _folder(path: Path, held_out: float) -> text_places.Texts:
+def _folder(path: Path, held_out: float | None) -> text_places.Texts:
   if not path.is_dir():
     raise UserError(f'--input={path} is no folder; give one with .txt files')
-  files = text_places.files_below(path)
-  names = sorted(name for name in files if name.lower().endswith('.txt'))
+  files = source_files.files_below(path)
+  names = [name for name in files if name.lower().endswith('.txt')]
   if not names:
     raise UserError(
       f'--input={path} holds no .txt file; give a folder of plain text files'
     )
-  splits = [text_places.SPLIT_OF.get(name.split('/')[0], '') for name in names]
   items = [
-    text_places.file_item(path / name, name, split)
-    for name, split in zip(names, splits, strict=True)
+    text_places.file_item(path / name, name, source_files.folder_split(name))
+    for name in names
   ]
-  if not {'train', 'validation'} <= set(splits) or '' in splits:
-    items = _split_by_name(items, held_out, path)
+  items, division = _divided(items, held_out, path)
   notes = [f'{path}: {text_places.numbers(items)} .txt files']
-  if ignored := len(files) - len(names):
-    notes.append(f'{ignored} files in {path} are not .txt: ignored')
-  return text_places.Texts(items, '', {}, 16, notes)
+  notes += division.notes(path)
+  if others := len(files) - len(names):
+    notes.append(f'{others:,} files in {path} are not .txt: ignored')
+  return _plain_texts(items, 16, notes)
 
 
-def _split_by_name(
-  items: list[preparation.Item], held_out: float, path: Path
-) -> list[preparation.Item]:
-  if len(items) == 1:
-    raise UserError(
-      f'--input={path} holds one document, {items[0].name}, and one is held '
-      'out; add another, or cut it in two'
-    )
-  held = preparation.held_out([item.name for item in items], held_out)
+def _divided(
+  items: list[preparation.Item], held_out: float | None, path: Path
+) -> tuple[list[preparation.Item], source_files.Division]:
+  """The items with their final splits, without those that have none."""
+  named = {item.name: item.split for item in items}
+  division = source_files.divide(named, held_out, path)
   return [
-    dataclasses.replace(
-      item, split='validation' if item.name in held else 'train'
-    )
+    dataclasses.replace(item, split=division.split_of[item.name])
     for item in items
-  ]
+    if item.name in division.split_of
+  ], division
+
+
+def _plain_texts(
+  items: list[preparation.Item], per_part: int, notes: list[str]
+) -> text_places.Texts:
+  return text_places.Texts(
+    items=items,
+    variant='',
+    published={},
+    per_part=per_part,
+    ends_are_words=False,
+    notes=notes,
+  )

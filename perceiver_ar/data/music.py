@@ -115,7 +115,7 @@ def check(notes: Notes, num_events: int) -> None:
     pitch = lowest if lowest < events.lowest else highest
     raise UserError(
       f'pitch {pitch} is outside {events.lowest} to {last}, the keys of a '
-      'piano; use --vocabulary=388'
+      'piano; the vocabulary of 388 events has them (--vocabulary=388)'
     )
 
 

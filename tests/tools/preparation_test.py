@@ -65,6 +65,7 @@ def prepare(items, output, *, workers=1, strict=False, per_part=8, **job):
     per_part=per_part,
     workers=workers,
     strict=strict,
+    num_files=len(items),
     published={},
   )
 
@@ -286,6 +287,7 @@ def test_published_counts_are_those_of_complete_splits(tmp_path):
       per_part=64,
       workers=1,
       strict=False,
+      num_files=number,
       published={'train': (number, {'bytes': 12345})},
     )
     return manifest.splits['train'].counts['bytes']

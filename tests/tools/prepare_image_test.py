@@ -221,6 +221,10 @@ def test_an_edition_is_complete_when_its_numbers_are(
   write_folder(source / 'valid_64x64', named_pngs(2))
   assert prepare(source, tmp_path / 'set') == 0
   assert manifest_of(tmp_path / 'set').variant == 'imagenet64-oord'
+  # One split is missing, and the other complete.
+  (source / 'valid_64x64').rename(tmp_path / 'valid_64x64')
+  assert prepare(source, tmp_path / 'set') == 0
+  assert manifest_of(tmp_path / 'set').variant == 'imagenet64-oord'
   # The other edition, packed under the names of this one.
   write_tar(source / 'train_64x64.tar', named_pngs(6))
   assert prepare(source, tmp_path / 'set') == 2
@@ -267,7 +271,8 @@ def test_a_tar_that_leads_elsewhere_is_refused(
     member.type, member.linkname = kind, '/etc/passwd'
     tar.addfile(member)
   assert prepare(source, tmp_path / 'set') == 2
-  assert 'not the published tar' in refused(capsys)
+  message = refused(capsys)
+  assert 'get it again where it is published' in message and name in message
 
 
 @pytest.mark.parametrize('cut', [1000, 5000])
@@ -291,7 +296,11 @@ def of_shape(*shape, dtype='uint8'):
 @pytest.mark.parametrize(
   ('name', 'data', 'said'),
   [
-    ('val_data', as_pickle({'data': _Evil()}), 'names the global'),
+    (
+      'val_data',
+      as_pickle({'data': _Evil()}),
+      'names the global.*; download it again',
+    ),
     ('val_data', as_pickle({'images': 1}), "readable batch.*KeyError: 'data'"),
     ('val_data', as_pickle(batch_of(2))[:-500], 'readable batch'),
     ('val_data', b'', 'readable batch'),
@@ -316,6 +325,14 @@ def test_a_batch_that_is_none_is_refused(
   with pytest.raises(UserError, match=said):
     imagenet64.find(source)
   assert not (tmp_path / 'evil').exists()
+  assert 'the parameters' not in message  # which is the remedy for weights
+
+
+def test_no_batch_stays_in_memory_while_workers_need_it(source):
+  write_folder(source, {'train_data_batch_1': as_pickle(batch_of(2))})
+  found = imagenet64.find(source)
+  assert found is not None and len(found.items) == 2
+  assert imagenet64._load_batch.cache_info().currsize == 0
 
 
 def test_an_npz_of_objects_is_not_unpickled(source, tmp_path, monkeypatch):
@@ -331,7 +348,7 @@ def test_a_zip_that_leads_elsewhere_is_refused(source, tmp_path, capsys):
   with zipfile.ZipFile(source / 'Imagenet64_val.zip', 'w') as out:
     out.writestr('../val_data', as_pickle(batch_of(2)))
   assert prepare(source, tmp_path / 'set') == 2
-  assert 'not the published zip' in refused(capsys)
+  assert "leaves its folder, '../val_data'" in refused(capsys)
 
 
 def test_options_of_pictures_are_refused_with_imagenet(
@@ -457,19 +474,53 @@ def test_pictures_are_held_out_by_name_or_by_folder(source, tmp_path, capsys):
   write_folder(source, files | {'notes.txt': b'', '.hidden.png': b''})
   options = ['--size=8', '--held_out=0.3']
   assert prepare(source, tmp_path / 'set', *options) == 0
-  assert '1 files are no pictures' in capsys.readouterr().out
+  assert f'1 files in {source} are no pictures' in capsys.readouterr().out
   held = read_images(tmp_path / 'set', 'validation')
   assert set(held) == preparation.held_out(sorted(files), 0.3)
   for split in ('train', 'validation', 'test', 'other'):
     write_folder(source / split, {f'{split}.png': photograph(0, (8, 8))})
-  assert prepare(source, tmp_path / 'set', *options) == 0
+  assert prepare(source, tmp_path / 'set', '--size=8') == 0
   splits = manifest_of(tmp_path / 'set').splits
   assert {name: s.num_documents for name, s in splits.items()} == {
     'train': 1,
     'validation': 1,
     'test': 1,
   }
-  assert '12 files are no pictures of a split' in capsys.readouterr().out
+  assert f'11 files in {source} are not in the folders' in (
+    capsys.readouterr().out
+  )
+  assert prepare(source, tmp_path / 'set', *options) == 2
+  assert '--held_out=0.3 is for inputs without' in refused(capsys)
+
+
+def test_validation_is_never_held_out_of_pictures_for_testing(source, tmp_path):
+  for split in ('train', 'test'):
+    files = {f'{i}.png': photograph(i, (8, 8)) for i in range(10)}
+    write_folder(source / split, files)
+  options = ['--size=8', '--held_out=0.3']
+  assert prepare(source, tmp_path / 'set', *options) == 0
+  found = {
+    split: set(read_images(tmp_path / 'set', split))
+    for split in ('train', 'validation', 'test')
+  }
+  assert found['test'] == {f'test/{i}.png' for i in range(10)}
+  assert len(found['validation']) == 3 and len(found['train']) == 7
+  names = found['train'] | found['validation']
+  assert names == {f'train/{i}.png' for i in range(10)}
+
+
+def test_the_next_command_fits_what_was_found(source, tmp_path, capsys):
+  output = tmp_path / 'my set'
+  for edition in ('imagenet64', 'small'):
+    if edition == 'imagenet64':
+      write_folder(source / 'train_64x64', named_pngs(2))
+    else:
+      (source / 'train_64x64').rename(source / 'train')
+    assert prepare(source, output) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+      f'Next: perceiver-ar train --config=configs/images.py:{edition} '
+      f"'--config.data.path={output}' --workdir=runs/images"
+    )
 
 
 def test_tiles_are_cut_at_three_scales_and_never_cross_splits(source, tmp_path):
@@ -516,7 +567,7 @@ def test_bad_pictures_are_named(source, tmp_path, options):
 @pytest.mark.parametrize(
   ('options', 'said'),
   [
-    ([], 'holds 1 pictures'),
+    ([], 'holds one document to train on, a.png'),
     (['--size=0'], '--size=0 must be at least 1'),
     (['--tiles=-1'], '--tiles=-1 must be at least 1'),
     (['--held_out=1'], '--held_out=1.0 must lie between'),
@@ -531,5 +582,7 @@ def test_a_mistake_ends_in_one_sentence(
   write_folder(source, {'a.png': photograph(0)})
   assert prepare(source, tmp_path / 'set', *options) == 2
   assert said in refused(capsys)
+  assert prepare(source, source / 'set') == 2
+  assert 'lies in --input' in refused(capsys)
   assert prepare(tmp_path / 'nowhere', tmp_path / 'set') == 2
   assert 'nowhere is no folder' in refused(capsys)

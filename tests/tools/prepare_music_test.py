@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ _TOOLS = pathlib.Path(__file__).parents[2] / 'tools'
 _TOOL = _TOOLS / 'prepare_music.py'
 sys.path.insert(0, str(_TOOLS))
 
+import preparation  # noqa: E402
 import prepare_music  # noqa: E402
 
 _SPLITS = {
@@ -123,7 +125,7 @@ def test_maestro_has_its_published_splits(tmp_path, capsys, form, is_zip):
     counts = manifest.splits[split].counts
     assert counts == {'events': len(expected), 'notes': 30}
   said = capsys.readouterr().out
-  assert '1 / 1 / 1 performances' in said and '962 / 137 / 177' in said
+  assert 'this is a part of maestro-v3.0.0 (1 of 962 in train' in said
 
 
 def test_a_complete_edition_keeps_its_name(tmp_path, monkeypatch):
@@ -133,6 +135,29 @@ def test_a_complete_edition_keeps_its_name(tmp_path, monkeypatch):
   assert run(maestro(tmp_path / 'in', 'csv'), tmp_path / 'out') == 0
   manifest = records.Manifest.load(tmp_path / 'out')
   assert manifest.variant == 'maestro-v3.0.0'
+
+
+@pytest.mark.parametrize(
+  ('edition', 'config'),
+  [
+    ('maestro-v1.0.0', 'maestro_v1'),
+    ('maestro-v2.0.0', 'small'),  # nothing is published on it
+    ('maestro-v3.0.0', 'maestro_v3'),
+  ],
+)
+def test_the_next_command_has_the_published_config(
+  tmp_path, capsys, edition, config
+):
+  root = maestro(tmp_path / 'in', 'csv', edition)
+  assert run(root, tmp_path / 'an output') == 0
+  said = capsys.readouterr().out
+  command = said.splitlines()[-1]
+  assert command.startswith('Next: perceiver-ar train ')
+  assert f'--config=configs/music.py:{config} ' in command
+  words = shlex.split(command)
+  assert f'--config.data.path={tmp_path}/an output' in words
+  assert run(many(tmp_path / 'many', 3), tmp_path / 'out') == 0
+  assert 'configs/music.py:small ' in capsys.readouterr().out
 
 
 def test_both_vocabularies_can_be_had(tmp_path, capsys):
@@ -146,9 +171,9 @@ def test_both_vocabularies_can_be_had(tmp_path, capsys):
 def test_files_are_held_out_by_their_names(tmp_path, capsys):
   source = many(tmp_path / 'in')
   (source / 'notes.txt').write_text('not music')
-  (source / '._0.mid').write_text('what some systems leave')
+  (source / '._0.mid').write_text('what some systems leave; hidden')
   assert run(source, tmp_path / 'out', '--held_out=0.1') == 0
-  assert '2 files' in capsys.readouterr().out
+  assert '1 files' in capsys.readouterr().out
   held = documents(tmp_path / 'out', 'validation')
   train = documents(tmp_path / 'out', 'train')
   assert len(held) == 3 and len(train) == 27
@@ -157,9 +182,61 @@ def test_files_are_held_out_by_their_names(tmp_path, capsys):
     return hashlib.sha256(name.encode()).hexdigest()
 
   assert max(map(digest, held)) < min(map(digest, train))
-  shutil.copy(zipped(source, tmp_path / 'a.zip'), tmp_path / 'b.zip')
-  assert run(tmp_path / 'b.zip', tmp_path / 'two', '--held_out=0.1') == 0
-  assert len(documents(tmp_path / 'two', 'validation')) == 3
+  zipped(source, tmp_path / 'in.zip')
+  assert run(tmp_path / 'in.zip', tmp_path / 'two', '--held_out=0.1') == 0
+  assert content(tmp_path / 'two') == content(tmp_path / 'out')
+
+
+def split_folders(folder, *names):
+  """Three pieces in each of the folders, and one in none of them."""
+  for seed, name in enumerate(names):
+    for i in range(3):
+      path = folder / name / 'a' / f'{i}.mid'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(piece(9 * seed + i))
+  (folder / 'stray.mid').write_bytes(piece(99))
+  return folder
+
+
+@pytest.mark.parametrize('is_zip', [False, True])
+@pytest.mark.parametrize('validation', ['validation', 'valid', 'val'])
+def test_folders_that_are_named_like_splits_are_splits(
+  tmp_path, capsys, validation, is_zip
+):
+  source = split_folders(tmp_path / 'in', 'train', validation, 'test', 'more')
+  if is_zip:
+    source = zipped(source, tmp_path / 'in.zip')
+  assert run(source, tmp_path / 'out') == 0
+  assert '4 files' in capsys.readouterr().out
+  for split in ('train', 'validation', 'test'):
+    folder = validation if split == 'validation' else split
+    names = {f'{folder}/a/{i}.mid' for i in range(3)}
+    assert set(documents(tmp_path / 'out', split)) == names
+  assert run(source, tmp_path / 'two', '--held_out=0.1') == 2
+  assert '--held_out=0.1 is for' in capsys.readouterr().err
+
+
+def test_validation_is_held_out_of_nothing_but_the_training_folder(tmp_path):
+  source = split_folders(tmp_path / 'in', 'train', 'test')
+  assert run(source, tmp_path / 'out', '--held_out=0.1') == 0
+  train, validation, test = (
+    set(documents(tmp_path / 'out', split))
+    for split in ('train', 'validation', 'test')
+  )
+  assert (len(train), len(validation), len(test)) == (2, 1, 3)
+  assert all(name.startswith('train/') for name in train | validation)
+  assert all(name.startswith('test/') for name in test)
+
+
+def test_a_zip_may_have_its_splits_on_top(tmp_path):
+  source = split_folders(tmp_path / 'in', 'train', 'test')
+  (source / 'stray.mid').unlink()
+  with zipfile.ZipFile(tmp_path / 'in.zip', 'w') as file:
+    for path in sorted(source.rglob('*.mid')):
+      file.write(path, path.relative_to(source))
+  assert run(source, tmp_path / 'one') == 0
+  assert run(tmp_path / 'in.zip', tmp_path / 'two') == 0
+  assert content(tmp_path / 'one') == content(tmp_path / 'two')
 
 
 def test_training_pieces_have_their_variants_and_no_others(tmp_path):
@@ -185,6 +262,39 @@ def test_training_pieces_have_their_variants_and_no_others(tmp_path):
     np.testing.assert_array_equal(train[key][1:-1], ids_T)
   for split in ('validation', 'test'):
     assert len(documents(tmp_path / 'out', split)) == 1
+
+
+@pytest.mark.parametrize('kind', ['corrupt', 'out of range'])
+def test_a_bad_piece_is_rejected_once_in_all_its_keys(
+  tmp_path, monkeypatch, kind
+):
+  source = many(tmp_path / 'in', 6)
+  bad = source / 'shelf 1' / '4.midi'
+  # Three keys of it are on a piano, but not what was played.
+  low = piece(4, lowest=18, highest=60)
+  bad.write_bytes(piece(4)[:-9] if kind == 'corrupt' else low)
+  times_read = []
+  real = midi.read
+
+  def read(data):
+    times_read.append(data)
+    return real(data)
+
+  monkeypatch.setattr(prepare_music.music_sources.midi, 'read', read)
+  options = ['--augment', '--vocabulary=308']
+  # 1 of 6 files, whatever the number of their keys.
+  assert run(source, tmp_path / 'out', *options) == 2
+  monkeypatch.setattr(preparation, 'MAX_REJECTED', 0.2)
+  times_read.clear()
+  assert run(source, tmp_path / 'out', *options) == 0
+  lines = (tmp_path / 'out' / 'rejected.jsonl').read_text().splitlines()
+  (line,) = map(json.loads, lines)
+  assert (line['split'], line['name']) == ('train', 'shelf 1/4.midi')
+  manifest = records.Manifest.load(tmp_path / 'out')
+  assert manifest.splits['train'].num_rejected == 1
+  assert not any('/4.midi' in n for n in documents(tmp_path / 'out', 'train'))
+  # Parts that were encoded before are not read again.
+  assert len(times_read) == len(set(times_read)) <= 6
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path):
@@ -261,7 +371,11 @@ def _rewrite(root, old, new):
     (lambda r: _rewrite(r, '2018/c', '2004/b'), [], 'twice'),
     (lambda r: next(r.glob('*.csv')).write_bytes(b'\xff'), [], 'not the list'),
     (lambda r: next(r.glob('*.csv')).write_text('a,b\n'), [], 'no perform'),
-    (lambda r: None, ['--held_out=2'], '--held_out=2.0'),
+    (
+      lambda r: next(r.glob('*.csv')).unlink(),
+      *(['--held_out=2'], '--held_out=2.0 must lie'),
+    ),
+    (lambda r: None, ['--held_out=.1'], '--held_out=0.1 is for'),
     (lambda r: None, ['--workers=0'], '--workers=0'),
   ],
 )

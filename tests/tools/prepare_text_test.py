@@ -114,7 +114,7 @@ def test_it_ends_with_a_summary_and_the_next_command(books, tmp_path, capsys):
   )
   assert lines[4].startswith('train') and lines[5].startswith('validation')
   assert lines[-1] == (
-    'perceiver-ar train --config=configs/books.py:small '
+    'Next: perceiver-ar train --config=configs/books.py:small '
     f"'--config.data.path={output}' --config.model.vocab_size=290 "
     '--workdir=runs/books'
   )
@@ -142,11 +142,23 @@ def _no_text(books):
       [*_SUBWORDS, '--vocab_megabytes=0'],
       '--vocab_megabytes=0 must be',
     ),
+    (
+      lambda b: None,
+      ['--vocab_size=300'],
+      '--vocab_size=300 is of --vocabulary=sentencepiece, and not of '
+      '--vocabulary=bytes',
+    ),
+    (
+      lambda b: None,
+      ['--vocabulary=my.json', '--vocab_megabytes=2'],
+      '--vocab_megabytes=2 is of',
+    ),
+    (lambda b: None, ['--text_key=body'], '--text_key=body is of JSONL'),
     (lambda b: None, ['--format=jsonl'], 'holds no lines in .jsonl files'),
     (lambda b: None, ['--format=pg19'], 'holds no books'),
     (lambda b: None, ['--format=wikitext'], 'holds no articles'),
     (_no_text, [], 'holds no .txt file'),
-    (_one_only, [], 'holds one document, shelf'),
+    (_one_only, [], 'holds one document to train on, shelf'),
     (
       lambda b: (b / 'link.txt').symlink_to('nowhere'),
       [],
@@ -205,6 +217,11 @@ def _no_text(books):
       'out exists and is no prepared data set',
     ),
     (lambda b: (b.parent / 'out').write_text(''), [], 'out exists and is no'),
+    (
+      lambda b: (b / 'shelf 1').rename(b / 'test'),
+      [],
+      'has the split test and no train',
+    ),
   ],
 )
 def test_a_mistake_ends_in_one_sentence(
@@ -242,6 +259,11 @@ def test_a_missing_sentencepiece_names_the_extra(
   assert not (tmp_path / 'out').exists()
 
 
+def test_an_output_within_the_input_is_refused(books, capsys):
+  assert run(books, books / 'out') == 2
+  assert 'lies in --input' in capsys.readouterr().err
+
+
 def test_the_script_itself_exits_with_status_2(tmp_path):
   result = subprocess.run(
     [sys.executable, str(TOOL), f'--input={tmp_path}/no', '--output=o'],
@@ -255,16 +277,41 @@ def test_the_script_itself_exits_with_status_2(tmp_path):
   assert result.stderr.count('\n') == 1 and not result.stdout
 
 
-def test_a_folder_that_someone_has_split_stays_so(books, tmp_path):
-  (books / 'shelf 0').rename(books / 'validation')
+@pytest.mark.parametrize('validation', ['validation', 'valid', 'Val'])
+def test_a_folder_that_someone_has_split_stays_so(
+  books, tmp_path, capsys, validation
+):
+  (books / 'shelf 0').rename(books / validation)
   (books / 'shelf 1').rename(books / 'train')
   (books / 'shelf 2').rename(books / 'test')
+  (books / 'README.txt').write_text('Where these books are from.')
   assert run(books, tmp_path / 'out') == 0
+  assert f'1 files in {books} are not in the folders' in capsys.readouterr().out
   texts = texts_of(tmp_path / 'out')
-  assert all(
-    name.startswith(f'{split}/') for split in texts for name in texts[split]
-  )
-  assert sorted(texts) == ['test', 'train', 'validation']
+  for split, folder in (
+    ('train', 'train'),
+    ('validation', validation),
+    ('test', 'test'),
+  ):
+    names = {f'{folder}/{path.name}' for path in (books / folder).iterdir()}
+    assert set(texts[split]) == names
+  assert run(books, tmp_path / 'out', '--held_out=0.2') == 2
+  assert '--held_out=0.2 is for inputs without' in capsys.readouterr().err
+
+
+def test_validation_is_never_held_out_of_books_for_testing(books, tmp_path):
+  (books / 'shelf 1').rename(books / 'train')
+  (books / 'shelf 2').rename(books / 'test')
+  assert run(books, tmp_path / 'out', '--held_out=0.3') == 0
+  texts = texts_of(tmp_path / 'out')
+  assert [len(texts[split]) for split in ('train', 'validation', 'test')] == [
+    7,
+    3,
+    10,
+  ]
+  assert all(name.startswith('test/') for name in texts['test'])
+  held = texts['train'] | texts['validation']
+  assert all(name.startswith('train/') for name in held)
 
 
 def _tokenizer_json(path):

@@ -60,7 +60,7 @@ def test_pg19_keeps_its_splits_and_books(tmp_path, capsys, monkeypatch, write):
   # By number, whatever the order they come in.
   assert list(texts['train']) == ['train/99.txt', 'train/1234.txt']
   manifest = records.Manifest.load(tmp_path / 'out')
-  assert manifest.variant == 'pg19'
+  assert manifest.variant == 'pg19-partial'
   assert manifest.splits['test'].counts == {'bytes': 13, 'words': 2}
 
 
@@ -70,6 +70,58 @@ def test_only_a_complete_split_has_the_published_words(tmp_path):
   splits = records.Manifest.load(tmp_path / 'out').splits
   assert splits['validation'].counts == {'bytes': 400, 'words': 3_007_061}
   assert splits['test'].counts['words'] == 2
+
+
+@pytest.mark.parametrize(
+  ('published', 'variant'),
+  [
+    ((2, 1, 1), 'pg19'),
+    ((2, 1, 2), 'pg19-partial'),
+    ((3, 1, 1), 'pg19-partial'),
+  ],
+)
+def test_pg19_is_called_so_if_what_is_there_is_complete(
+  tmp_path, capsys, monkeypatch, published, variant
+):
+  numbers = {
+    split: (number, {'words': 5})
+    for split, number in zip(_PG19, published, strict=True)
+  }
+  monkeypatch.setattr(text_published, '_PG19_WORDS', numbers)
+  folder = _pg19_folder(tmp_path / 'pg19')
+  assert run(folder, tmp_path / 'out') == 0
+  assert records.Manifest.load(tmp_path / 'out').variant == variant
+  lines = capsys.readouterr().out.splitlines()
+  said = f'2 of {published[0]} in train, 1 of 1 in validation'
+  assert said in lines[1] and ('part' in lines[1]) == (variant != 'pg19')
+  command = 'Next: perceiver-ar train --config=configs/books.py:pg19 '
+  assert lines[-1].startswith(command)
+  (folder / 'test' / '70.txt').unlink()
+  assert run(folder, tmp_path / 'out') == 0
+  without_test = records.Manifest.load(tmp_path / 'out').variant
+  assert without_test == ('pg19-partial' if published[0] == 3 else 'pg19')
+
+
+def test_pg19_is_known_by_the_names_of_its_books_alone(tmp_path, capsys):
+  folder = _pg19_folder(tmp_path / 'pg19')
+  (folder / 'metadata.csv').unlink()
+  assert run(folder, tmp_path / 'out') == 0
+  assert 'metadata.csv is missing: books are' in capsys.readouterr().out
+  assert records.Manifest.load(tmp_path / 'out').variant == 'pg19-partial'
+  assert run(folder, tmp_path / 'out', '--format=folder') == 0
+  assert records.Manifest.load(tmp_path / 'out').variant == ''
+  (folder / 'train' / 'a.txt').write_text('no number')
+  assert run(folder, tmp_path / 'out') == 0
+  assert records.Manifest.load(tmp_path / 'out').variant == ''
+
+
+@pytest.mark.parametrize('option', ['--held_out=0.1', '--text_key=text'])
+def test_published_sets_take_no_options_of_others(tmp_path, capsys, option):
+  sources = _pg19_folder(tmp_path / 'pg19'), _wiki_folder(tmp_path / 'wiki')
+  for source in sources:
+    assert run(source, tmp_path / 'out', option) == 2
+    message = capsys.readouterr().err
+    assert f'{option} is' in message and message.count('\n') == 1
 
 
 def test_books_and_metadata_that_do_not_match_are_named(tmp_path, capsys):
@@ -90,6 +142,10 @@ _WIKI = {
   'validation': ' \n = One = \n \n Text . \n \n = Two = \n \n',
   'test': ' \n = Three = \n \n Text . \n',
 }
+
+
+def _num_words(content):
+  return len(content.split()) + content.count('\n')
 
 
 def _wiki_folder(folder):
@@ -152,14 +208,19 @@ def test_wikitext_is_cut_into_articles_that_join_to_the_file(
     'train/00001 Émile = = Zola',
   ]
   assert texts['train']['train/00001 Émile = = Zola'].startswith(b' \n = \xc3')
-  assert records.Manifest.load(tmp_path / 'out').variant == 'wikitext-103-raw'
+  manifest = records.Manifest.load(tmp_path / 'out')
+  assert manifest.variant == 'wikitext-103-raw-partial'
+  # A line's end is a word, as in the published numbers.
+  assert {
+    split: about.counts['words'] for split, about in (manifest.splits.items())
+  } == {split: _num_words(content) for split, content in _WIKI.items()}
 
 
 @pytest.mark.parametrize('write', [_wiki_folder, _wiki_zip, _wiki_parquet])
 def test_a_complete_wikitext_has_the_published_words(
   tmp_path, monkeypatch, write
 ):
-  num_words = len(_WIKI['test'].split()) + _WIKI['test'].count('\n')
+  num_words = _num_words(_WIKI['test'])
   monkeypatch.setitem(
     text_published._WIKITEXT_WORDS, 'test', (60, {'words': num_words})
   )
@@ -170,7 +231,14 @@ def test_a_complete_wikitext_has_the_published_words(
   splits = records.Manifest.load(tmp_path / 'out').splits
   assert splits['test'].counts['words'] == num_words
   assert splits['validation'].counts['words'] == 77
-  assert splits['train'].counts['words'] == len(_WIKI['train'].split())
+  assert splits['train'].counts['words'] == _num_words(_WIKI['train'])
+  train = (2, {'words': 88})
+  monkeypatch.setitem(text_published._WIKITEXT_WORDS, 'train', train)
+  source = tmp_path / 'wiki.zip' if write is _wiki_zip else tmp_path / 'wiki'
+  assert run(source, tmp_path / 'out') == 0
+  manifest = records.Manifest.load(tmp_path / 'out')
+  assert manifest.variant == 'wikitext-103-raw'
+  assert manifest.splits['train'].counts['words'] == 88
 
 
 def _cut_short(path):
@@ -189,6 +257,7 @@ def _cut_short(path):
       'cannot be read as parquet',
     ),
     (lambda p: _other_zip(p), 'has 0 members wiki.train.raw'),
+    (lambda p: _other_zip(p, '../wiki.train.raw'), 'leaves its folder'),
     (lambda p: _other_parquet(p), 'has the columns body, id, which is neither'),
     (lambda p: _no_split(p), 'does not say which split it is'),
   ],
@@ -202,10 +271,10 @@ def test_a_download_that_is_not_right_ends_in_one_sentence(
   assert not (tmp_path / 'out').exists()
 
 
-def _other_zip(folder):
+def _other_zip(folder, name='other.txt'):
   path = folder.with_suffix('.zip')
   with zipfile.ZipFile(path, 'w') as archive:
-    archive.writestr('other.txt', 'x')
+    archive.writestr(name, 'x')
   return path
 
 

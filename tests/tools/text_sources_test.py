@@ -37,6 +37,22 @@ def test_json_lines_that_someone_has_split_stay_so(tmp_path):
   }
 
 
+def test_json_lines_for_testing_are_not_trained_on(tmp_path, capsys):
+  source = tmp_path / 'in'
+  for name in ('train', 'test', 'other'):
+    lines = [json.dumps(f'{name} {i}') for i in range(10)]
+    path = jsonl_file(tmp_path / name, lines)
+    source.mkdir(exist_ok=True)
+    path.rename(source / f'{name}.jsonl')
+  assert run(source, tmp_path / 'out', '--held_out=0.3') == 0
+  texts = texts_of(tmp_path / 'out')
+  assert f'1 files in {source} are not in' in capsys.readouterr().out
+  assert len(texts['train']) == 7 and len(texts['validation']) == 3
+  held = texts['train'] | texts['validation']
+  assert all(text.startswith(b'train') for text in held.values())
+  assert all(text.startswith(b'test') for text in texts['test'].values())
+
+
 @pytest.mark.parametrize(
   ('line', 'said'),
   [
