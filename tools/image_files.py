@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import preparation
+import encoded_parts
 
 from perceiver_ar.errors import UserError
 
@@ -11,7 +11,7 @@ from perceiver_ar.errors import UserError
 class Found:
   """Images, which published set they are ('' if none), and what to say."""
 
-  items: list[preparation.Item]
+  items: list[encoded_parts.Item]
   variant: str
   notes: tuple[str, ...]
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import encoded_parts
 import image_files
 import numpy as np
 import official_files
@@ -58,7 +59,7 @@ def find(folder: Path) -> image_files.Found | None:
   return None
 
 
-def _named(items: list[preparation.Item], edition: str) -> image_files.Found:
+def _named(items: list[encoded_parts.Item], edition: str) -> image_files.Found:
   """Tells the edition, by name and by number, and whether it is complete."""
   numbers = dict.fromkeys(_NUM_PUBLISHED[edition], 0)
   for item in items:
@@ -90,11 +91,11 @@ def _find_oord(folder: Path) -> list[tuple[str, Path]]:
   return found
 
 
-def _oord_items(split: str, path: Path) -> list[preparation.Item]:
+def _oord_items(split: str, path: Path) -> list[encoded_parts.Item]:
   """By name, so that a tar and its folder give the same data set."""
   members = _tar_members(path) if path.is_file() else _folder_members(path)
   items = [
-    preparation.Item(f'{split}/{name}', split, ('png', *place), stamp)
+    encoded_parts.Item(f'{split}/{name}', split, ('png', *place), stamp)
     for name, stamp, place in members
   ]
   return sorted(items, key=lambda item: item.name)
@@ -206,14 +207,14 @@ def _batches_in(path: Path) -> list[_Batch]:
   return batches
 
 
-def _batch_items(batches: list[_Batch]) -> list[preparation.Item]:
-  items: list[preparation.Item] = []
+def _batch_items(batches: list[_Batch]) -> list[encoded_parts.Item]:
+  items: list[encoded_parts.Item] = []
   with Progress('check', len(batches), 'batches') as bar:
     for batch in batches:
       place = str(batch.path), batch.member
       stamp = preparation.stamp(batch.path)
       items += [
-        preparation.Item(
+        encoded_parts.Item(
           f'{batch.name}/{row:06d}', batch.split, ('row', *place, row), stamp
         )
         for row in range(len(_load_batch(*place)))

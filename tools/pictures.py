@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import encoded_parts
 import image_files
 import numpy as np
-import preparation
 import source_files
 
 from perceiver_ar.data import image
@@ -51,7 +51,7 @@ def find(folder: Path, how: Cut) -> image_files.Found:
     how.held_out,
     folder,
   )
-  items: list[preparation.Item] = []
+  items: list[encoded_parts.Item] = []
   with Progress('look at', len(division.split_of), 'pictures') as bar:
     for name, split in division.split_of.items():
       items += _picture_items(folder, name, split, how)
@@ -64,11 +64,11 @@ def find(folder: Path, how: Cut) -> image_files.Found:
 
 def _picture_items(
   folder: Path, name: str, split: str, how: Cut
-) -> Iterator[preparation.Item]:
+) -> Iterator[encoded_parts.Item]:
   path = folder / name
   stamp = source_files.stamp(path)
   if how.tiles is None:
-    yield preparation.Item(name, split, ('centre', str(path)), stamp)
+    yield encoded_parts.Item(name, split, ('centre', str(path)), stamp)
     return
   try:
     width, height = _open(str(path)).size
@@ -76,11 +76,11 @@ def _picture_items(
     width = height = 0
   if min(width, height) < how.size:
     # The encoder says by name what is wrong with it.
-    yield preparation.Item(name, split, ('tile', str(path), 1, 0, 0), stamp)
+    yield encoded_parts.Item(name, split, ('tile', str(path), 1, 0, 0), stamp)
   for scale in _SCALES:
     for y in range(0, height // scale - how.size + 1, how.tiles):
       for x in range(0, width // scale - how.size + 1, how.tiles):
-        yield preparation.Item(
+        yield encoded_parts.Item(
           f'{name} 1/{scale} {x},{y}',
           split,
           ('tile', str(path), scale, y, x),

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import encoded_parts
 import image_files
 import imagenet64
 import numpy as np
@@ -100,9 +101,9 @@ def prepare(args: argparse.Namespace) -> None:
 class _Encoder:
   codec: image.ImageCodec
 
-  def __call__(self, item: preparation.Item) -> preparation.Document:
+  def __call__(self, item: encoded_parts.Item) -> encoded_parts.Document:
     ids_T = self._ids(*item.source)
-    return preparation.Document(
+    return encoded_parts.Document(
       np.concatenate([[tokens.SOS], ids_T]), {'dims': len(ids_T)}
     )
 

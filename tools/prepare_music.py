@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import encoded_parts
 import music_sources
 import numpy as np
 import preparation
@@ -48,7 +49,7 @@ class Encoder:
 
   num_events: int
 
-  def __call__(self, item: preparation.Item) -> preparation.Document | None:
+  def __call__(self, item: encoded_parts.Item) -> encoded_parts.Document | None:
     path, name, kind, stretch, transpose = item.source
     is_as_played = (stretch, transpose) == _AS_PLAYED
     try:
@@ -65,7 +66,7 @@ class Encoder:
       notes = changed
     events_T = music.encode(notes, self.num_events)
     tokens_T = events_T + tokens.NUM_RESERVED
-    return preparation.Document(
+    return encoded_parts.Document(
       np.concatenate([[tokens.SOS], tokens_T, [tokens.EOS]]),
       {'events': len(events_T), 'notes': len(notes)},
     )
@@ -115,7 +116,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def _items(
   found: music_sources.Performances, *, augment: bool
-) -> list[preparation.Item]:
+) -> list[encoded_parts.Item]:
   """The variants of a piece stand together, so that it is read once."""
   items = []
   for split in ('train', 'validation', 'test'):
@@ -124,7 +125,7 @@ def _items(
       stamp = found.place.stamp(file)
       for stretch, transpose in _variants(augment and split == 'train'):
         items.append(
-          preparation.Item(
+          encoded_parts.Item(
             name=_variant_name(name, stretch, transpose),
             split=split,
             source=[*found.place.source(file), stretch, transpose],

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import encoded_parts
 import numpy as np
 import preparation
 import source_files
@@ -72,7 +73,7 @@ class TextEncoder:
   folder: str
   ends_are_words: bool
 
-  def __call__(self, item: preparation.Item) -> preparation.Document:
+  def __call__(self, item: encoded_parts.Item) -> encoded_parts.Document:
     data = _plain(text_places.read(item.source))
     tokens_T = _opened(self.vocabulary, self.folder).read(data)
     if len(tokens_T) < 2:
@@ -83,7 +84,7 @@ class TextEncoder:
     num_words = text_places.num_words(data, self.ends_are_words)
     counts = {'bytes': len(data), 'words': num_words}
     whole_T = np.concatenate([[tokens.SOS], tokens_T, [tokens.EOS]])
-    return preparation.Document(whole_T, counts)
+    return encoded_parts.Document(whole_T, counts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +228,7 @@ def _open_vocabulary(file: Path | None) -> tokens.Codec:
 
 
 def _vocabulary_file(
-  items: Sequence[preparation.Item], output: Path, options: VocabularyOptions
+  items: Sequence[encoded_parts.Item], output: Path, options: VocabularyOptions
 ) -> Path | None:
   """The user's own, or one that is trained unless it is there; None: bytes."""
   if options.name == 'bytes':
@@ -244,7 +245,7 @@ def _vocabulary_file(
 
 
 def _trained(
-  items: Sequence[preparation.Item], output: Path, options: VocabularyOptions
+  items: Sequence[encoded_parts.Item], output: Path, options: VocabularyOptions
 ) -> Path:
   """Trains on the training split, or a part of it that its names decide."""
   if options.megabytes < 1:
@@ -273,8 +274,8 @@ def _trained(
 
 
 def _sample(
-  items: Sequence[preparation.Item], budget: int
-) -> Sequence[preparation.Item]:
+  items: Sequence[encoded_parts.Item], budget: int
+) -> Sequence[encoded_parts.Item]:
   """All of them, or as many as fill the budget, by the hashes of their names.
 
   They stay in order, which is the cheapest to read them in.
@@ -293,7 +294,7 @@ def _sample(
 
 
 def _read_each(
-  items: Sequence[preparation.Item], bar: Progress
+  items: Sequence[encoded_parts.Item], bar: Progress
 ) -> Iterator[str]:
   """The texts; those that are none are rejected when they are encoded."""
   for item in items:

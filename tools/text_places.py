@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import encoded_parts
 import preparation
 import source_files
 import text_parquet
@@ -35,7 +36,7 @@ class Texts:
     notes: what was found, and what is odd about it, as sentences.
   """
 
-  items: list[preparation.Item]
+  items: list[encoded_parts.Item]
   variant: str
   published: preparation.Published
   per_part: int
@@ -60,24 +61,24 @@ def read(source: Any) -> bytes:
   return readers[how](*where)
 
 
-def file_item(path: Path, name: str, split: str) -> preparation.Item:
+def file_item(path: Path, name: str, split: str) -> encoded_parts.Item:
   try:
     num_bytes = path.stat().st_size
   except OSError:  # reading it will say why
     num_bytes = 0
   source = ('range', num_bytes, str(path), 0, WHOLE)
-  return preparation.Item(name, split, source, source_files.stamp(path))
+  return encoded_parts.Item(name, split, source, source_files.stamp(path))
 
 
 def some(
-  items: list[preparation.Item], path: Path, what: str
-) -> list[preparation.Item]:
+  items: list[encoded_parts.Item], path: Path, what: str
+) -> list[encoded_parts.Item]:
   if not items:
     raise UserError(f'--input={path} holds no {what}; check the folder')
   return items
 
 
-def numbers(items: list[preparation.Item]) -> str:
+def numbers(items: list[encoded_parts.Item]) -> str:
   splits = [item.split for item in items]
   return ', '.join(
     f'{splits.count(split):,} {split}'

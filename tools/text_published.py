@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import encoded_parts
 import preparation
 import source_files
 import text_parquet
@@ -78,7 +79,7 @@ def pg19(path: Path) -> text_places.Texts:
   )
 
 
-def _pg19_folders(path: Path) -> list[preparation.Item]:
+def _pg19_folders(path: Path) -> list[encoded_parts.Item]:
   items = []
   for split in split_folders(path):
     files = source_files.files_below(path / split)
@@ -104,7 +105,7 @@ def _outside(path: Path) -> list[str]:
   return source_files.Division({}, len(others)).notes(path)
 
 
-def _against_metadata(path: Path, items: list[preparation.Item]) -> list[str]:
+def _against_metadata(path: Path, items: list[encoded_parts.Item]) -> list[str]:
   """What only one of folders and metadata.csv knows, as sentences."""
   if not path.exists():
     return [
@@ -131,10 +132,10 @@ def _some_of(names: list[str]) -> str:
   return f'{shown}{more}'
 
 
-def _pg19_parquet(path: Path) -> list[preparation.Item]:
+def _pg19_parquet(path: Path) -> list[encoded_parts.Item]:
   items = []
   for split, files in _by_split(path).items():
-    found: list[preparation.Item] = []
+    found: list[encoded_parts.Item] = []
     for file in files:
       stamp = source_files.stamp(file)
       for url, span in text_parquet.books(file):
@@ -142,7 +143,7 @@ def _pg19_parquet(path: Path) -> list[preparation.Item]:
         number = url.rstrip('/').rpartition('/')[2].removeprefix('pg')
         name = f'{split}/{number.removesuffix(".txt")}.txt'
         found.append(
-          preparation.Item(name, split, text_places.parquet([span]), stamp)
+          encoded_parts.Item(name, split, text_places.parquet([span]), stamp)
         )
     items += sorted(found, key=lambda item: (len(item.name), item.name))
   return text_places.some(items, path, 'books')
@@ -193,7 +194,7 @@ def wikitext(path: Path) -> text_places.Texts:
   )
 
 
-Articles = tuple[list[preparation.Item], int]  # and their words
+Articles = tuple[list[encoded_parts.Item], int]  # and their words
 
 
 def _wikitext_files(folder: Path) -> dict[str, Articles]:
@@ -312,7 +313,7 @@ class _Articles:
       self._starts, self._titles = [0], ['']
     ends = [*self._starts[1:], self._at]
     items = [
-      preparation.Item(
+      encoded_parts.Item(
         name=f'{self._split}/{number:05d} {title}'.strip(),
         split=self._split,
         source=make(start, end - start),

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-import preparation
+import encoded_parts
 import source_files
 import text_parquet
 import text_places
@@ -120,14 +120,16 @@ def _jsonl(
 
 def _json_lines(
   file: Path, name: str, split: str, text_key: str
-) -> list[preparation.Item]:
+) -> list[encoded_parts.Item]:
   stamp = source_files.stamp(file)
   items, at = [], 0
   with text_places.naming(file), file.open('rb') as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         source = ('json', len(line), str(file), at, len(line), text_key)
-        items.append(preparation.Item(f'{name}:{number}', split, source, stamp))
+        items.append(
+          encoded_parts.Item(f'{name}:{number}', split, source, stamp)
+        )
       at += len(line)
   return items
 
@@ -157,8 +159,8 @@ def _folder(path: Path, held_out: float | None) -> text_places.Texts:
 
 
 def _divided(
-  items: list[preparation.Item], held_out: float | None, path: Path
-) -> tuple[list[preparation.Item], source_files.Division]:
+  items: list[encoded_parts.Item], held_out: float | None, path: Path
+) -> tuple[list[encoded_parts.Item], source_files.Division]:
   """The items with their final splits, without those that have none."""
   named = {item.name: item.split for item in items}
   division = source_files.divide(named, held_out, path)
@@ -170,7 +172,7 @@ def _divided(
 
 
 def _plain_texts(
-  items: list[preparation.Item], per_part: int, notes: list[str]
+  items: list[encoded_parts.Item], per_part: int, notes: list[str]
 ) -> text_places.Texts:
   return text_places.Texts(
     items=items,

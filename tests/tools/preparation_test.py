@@ -17,6 +17,7 @@ from perceiver_ar.errors import UserError
 _TOOLS = pathlib.Path(__file__).parents[2] / 'tools'
 sys.path.insert(0, str(_TOOLS))
 
+import encoded_parts  # noqa: E402
 import preparation  # noqa: E402
 
 
@@ -36,7 +37,7 @@ class Encoder:
     if what == 'skip':
       return None
     ids_T = np.random.default_rng(size).integers(3, 259, size)
-    return preparation.Document(
+    return encoded_parts.Document(
       np.concatenate([[2], ids_T, [1]]), {'bytes': size}
     )
 
@@ -44,7 +45,7 @@ class Encoder:
 def make_items(tmp_path, kinds):
   log = str(tmp_path / 'log')
   return [
-    preparation.Item(
+    encoded_parts.Item(
       f'{i:03d}', 'validation' if i % 10 == 9 else 'train', (kind, i, log), ''
     )
     for i, kind in enumerate(kinds)
@@ -138,7 +139,9 @@ def test_other_settings_or_other_input_are_encoded_again(tmp_path):
   for order in ('rgb', 'planes'):
     with pytest.raises(OSError, match='No space'):
       prepare(items, tmp_path / 'set', order=order)
-  changed = [preparation.Item(i.name, i.split, i.source, 'new') for i in items]
+  changed = [
+    encoded_parts.Item(i.name, i.split, i.source, 'new') for i in items
+  ]
   with pytest.raises(OSError, match='No space'):
     prepare(changed, tmp_path / 'set', order='planes')
   assert len(encoded(tmp_path)) == 3 * 17

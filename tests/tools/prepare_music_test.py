@@ -18,7 +18,7 @@ _TOOLS = pathlib.Path(__file__).parents[2] / 'tools'
 _TOOL = _TOOLS / 'prepare_music.py'
 sys.path.insert(0, str(_TOOLS))
 
-import preparation  # noqa: E402
+import encoded_parts  # noqa: E402
 import prepare_music  # noqa: E402
 
 _SPLITS = {
@@ -284,7 +284,7 @@ def test_a_bad_piece_is_rejected_once_in_all_its_keys(
   options = ['--augment', '--vocabulary=308']
   # 1 of 6 files, whatever the number of their keys.
   assert run(source, tmp_path / 'out', *options) == 2
-  monkeypatch.setattr(preparation, 'MAX_REJECTED', 0.2)
+  monkeypatch.setattr(encoded_parts, 'MAX_REJECTED', 0.2)
   times_read.clear()
   assert run(source, tmp_path / 'out', *options) == 0
   lines = (tmp_path / 'out' / 'rejected.jsonl').read_text().splitlines()
