@@ -188,6 +188,7 @@ def test_samples_that_run_off_the_positions_are_refused():
     draw(sampler, make_prompt(20), 21)
 
 
+@pytest.mark.slow
 def test_what_a_sampler_holds_does_not_grow():
   _, sampler = make_sampler()
   segment: Any = sampler._segment
