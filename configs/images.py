@@ -75,20 +75,20 @@ def _demo() -> ConfigDict:
   c.model.num_latents = 384
   c.model.num_layers = 2
   c.model.width = 96
-  c.model.num_cross_heads = c.model.num_self_heads = 3
+  c.model.num_cross_heads = c.model.num_self_heads = 2
   c.model.dropout_rate = 0.0
   # How far back a pixel lies matters more here than where it is.
   c.model.position_source = 'from_end'
-  c.model.attention_block = 192
+  c.model.attention_block = 576
   c.model.scan_unroll = 2
-  c.train.num_steps = 3600
+  c.train.num_steps = 3000
   c.train.batch_size = 4
   c.optimizer.learning_rate = 4e-3
   c.optimizer.schedule = 'cosine'
   c.optimizer.warmup_steps = 100
   c.optimizer.b2 = 0.98
   c.checkpoint.save_every = 500
-  c.evaluate.every = 1200
+  c.evaluate.every = 1000
   c.evaluate.max_examples = 2
   c.evaluate.batch_size = 32
   c.evaluate.stride = 288
