@@ -43,7 +43,7 @@ class Item:
     name: in the data set and in messages; unique.
     split: train, validation or test.
     source: what the encoder needs to read it; plain enough for JSON.
-    stamp: changes with the file (see `stamp`).
+    stamp: changes with the file (see `preparation.stamp`).
   """
 
   name: str
