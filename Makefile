@@ -28,11 +28,12 @@ demo-images: .venv/demo  ## the same on tiles of photographs
 demo-copy: .venv/demo  ## the same on copies of 1,024 tokens
 	$(BIN)/python tools/demo.py --what=copy --workdir=runs/demo-copy
 
+# Two processes, a file's tests in one of them: compiling uses one core.
 test: .venv/dev  ## the quick tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: .venv/dev  ## every test, the slow ones too
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest -n 2 --dist loadfile -m ''
 
 lint: .venv/dev  ## style, imports, types
 	$(BIN)/ruff check
