@@ -43,7 +43,7 @@ _DEMO = {
   'demo_128': (128, 150),
   'demo_256': (256, 100),
   'demo_512': (512, 150),
-  'demo': (1024, 1000),
+  'demo': (1024, 900),
   'small': (4096, 1200),
 }
 
@@ -96,7 +96,7 @@ def _demo(length: int, num_steps: int) -> ConfigDict:
   c.model.num_latents = length // 2
   c.model.num_layers = 1
   c.model.width = 128
-  c.model.num_cross_heads = c.model.num_self_heads = 4
+  c.model.num_cross_heads = c.model.num_self_heads = 1
   c.model.dropout_rate = 0.0
   c.train.num_steps = num_steps
   c.train.batch_size = min(4096 // length, 32)
@@ -104,7 +104,7 @@ def _demo(length: int, num_steps: int) -> ConfigDict:
   c.optimizer.warmup_steps = 100 if length == 64 else 20
   if length >= 1024:  # the last of them; the others are gone on from
     c.optimizer.schedule = 'cosine'
-    c.optimizer.decay_start = num_steps // 2
+    c.optimizer.learning_rate = 1.5e-3
   c.evaluate.batch_size = 20
   c.sample.length = length // 2
   return c
