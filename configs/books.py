@@ -24,6 +24,11 @@ First prepare what you have (see tools/prepare_text.py --help), then train:
               532,681,984 parameters.
 :books_60     60 layers, 8,192 inputs: 12.66. 834,991,360 parameters; the paper
               has 750 to 826 million, so its width or vocabulary is another.
+:long         Our own, for pods: 36 layers of width 2,048, 65,536 inputs, in
+              bfloat16; 256 sequences a step fit 64 chips of v5p.
+              1,998,564,608 parameters. Nobody has trained it yet.
+:long_1m      The same with 1,048,576 inputs: 512 chips of v5p, with
+              --config.mesh.context=16.
 :demo         What `make demo` trains, on 2 CPU cores: 3,200 steps in 2.5
               minutes, to 2.35 bits per byte on the 4 books that it holds out.
 :small        An hour on 2 CPU cores (a step takes 1.05 s); no result yet.
@@ -41,6 +46,8 @@ def get_config(arg: str = 'small') -> ConfigDict:
     'wikitext103': _wikitext103,
     'books': lambda: _books(36),
     'books_60': lambda: _books(60),
+    'long': lambda: _long(65_536, batch_size=256),
+    'long_1m': lambda: _long(1_048_576, batch_size=512),
     'demo': _demo,
     'small': _small,
   }
@@ -75,6 +82,20 @@ def _wikitext103() -> ConfigDict:
 
 def _books(num_layers: int) -> ConfigDict:
   return _subwords(8192, num_layers)
+
+
+def _long(context_length: int, batch_size: int) -> ConfigDict:
+  c = _subwords(context_length, 36)
+  c.model.width = 2048
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'attention'
+  c.model.dropout_rate = 0.0
+  c.train.num_steps = 100_000
+  c.train.batch_size = batch_size
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.warmup_steps = 2_000
+  c.optimizer.b2 = 0.95
+  return c
 
 
 def _demo() -> ConfigDict:

@@ -32,11 +32,19 @@ def get_config(arg: str = '') -> ConfigDict:
   m.dropout_rate = 0.1  # on the output of attention and of the MLP
   m.input_dropout_rate = 0.0  # inputs hidden from the cross-attend, by a mask
   m.num_kept_inputs = 0  # or: so many kept, the rest never computed; 0: all
-  m.dtype = 'float32'  # of compute: float32, bfloat16; parameters: float32
-  m.remat = 'none'  # recomputed backward: none; dots: no matmuls; full: all
+  m.dtype = 'float32'  # of compute: float32, bfloat16
+  m.param_dtype = 'float32'  # of parameters, where they rest: float32, bfloat16
+  # Of a layer, kept for the backward pass: none recomputes nothing; dots keeps
+  # matmuls; attention keeps its output; full keeps only what it takes in;
+  # offload keeps that in the memory of the host.
+  m.remat = 'none'
   m.scan_unroll = 1  # layers per step of the scan over layers
-  m.attention = 'chunked'  # chunked: linear memory; reference: plain
+  m.attention = 'auto'  # flash on TPU, cudnn on GPU; chunked, reference
   m.attention_block = 512  # keys per block of chunked attention
+  # Keys and values of the cross-attend computed once per vocabulary entry:
+  # auto does so where there are fewer of these than inputs on a device.
+  m.token_table = 'auto'  # auto, always, never; needs rotary positions
+  m.logits_block = 0  # latents of a row whose logits exist at a time; 0: all
 
   c.data = d = ConfigDict()
   d.kind = 'prepared'  # or copy: mirrored noise, generated
@@ -58,6 +66,7 @@ def get_config(arg: str = '') -> ConfigDict:
   t.label_smoothing = 0.0
   t.max_nonfinite_steps = 10  # skipped in a row before the run stops
   t.log_every = 10  # steps that the loss on the screen is the mean of
+  t.check_memory = True  # on TPU, refuse a step that does not fit a device
 
   c.optimizer = o = ConfigDict()
   o.name = 'adam'  # adam, adamw, adafactor, sgd, lamb
@@ -73,13 +82,17 @@ def get_config(arg: str = '') -> ConfigDict:
   o.b2 = 0.999
   o.eps = 1e-8
   o.weight_decay = 0.0  # adamw, lamb, adafactor: matrices only
+  o.momentum_dtype = 'float32'  # of first moments: float32, bfloat16
+  o.offload = False  # moments rest in the memory of the host
 
   c.mesh = s = ConfigDict()
   s.slice = 1  # data parallel between slices, over DCN
   s.data = -1  # batch and FSDP; -1: all devices that are left
   s.context = 1  # input positions
   s.model = 1  # tensor parallel
-  s.rules = 'fsdp_tensor'  # replicated, fsdp, tensor, fsdp_tensor
+  # Parameters are split over: fsdp: data; tensor: model; fsdp_tensor: both;
+  # fsdp_tensor_vocab: the vocabulary, too; context: data, context and model.
+  s.rules = 'fsdp_tensor'  # or replicated
 
   c.checkpoint = k = ConfigDict()
   k.init_from = ''  # another run's workdir: begin with its parameters

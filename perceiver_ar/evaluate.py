@@ -13,7 +13,6 @@ Letters: B batch, M inputs, N latents, T tokens, P position axes.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -25,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import losses, partitioning
+from perceiver_ar import partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.progress import Progress
-from perceiver_ar.train_step import Batch, Params, shift
+from perceiver_ar.train_step import Batch, Params, score_latents, shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,12 @@ class Evaluator:
     self._mesh = mesh
     self._open = -1, np.zeros((0,), np.int32)
     how = config.evaluate
-    partitioning.check_batch('evaluate.batch_size', how.batch_size, mesh)
+    partitioning.check_batch(
+      'evaluate.batch_size', how.batch_size, mesh, axes='slice*data'
+    )
+    partitioning.check_context(
+      config.model, 'evaluate.context_length', how.context_length, mesh
+    )
     if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
       _check_endless(how.max_examples)
     lengths = documents.num_tokens
@@ -98,10 +102,7 @@ class Evaluator:
       for at, i in enumerate(self._chosen)
       for block in document_blocks(at, int(lengths[i]) - 1, how.stride)
     ]
-    self._step = jax.jit(
-      functools.partial(_score, config=config, mesh=mesh),
-      out_shardings=partitioning.replicated(mesh),
-    )
+    self._step = make_score(config, mesh)
 
   def run(self, params: Params, *, visible: bool) -> dict[str, Any]:
     """Scores all blocks; a dict of plain numbers that goes into JSON.
@@ -200,27 +201,48 @@ def _check_endless(max_examples: int) -> None:
     )
 
 
+def make_score(
+  config: Config, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+  """The compiled function (params, batch with `num_scored` [B]) -> scores."""
+
+  def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return _score(params, batch, config=config, mesh=mesh)
+
+  return jax.jit(score, out_shardings=partitioning.replicated(mesh))
+
+
 def _score(
   params: Params, batch: Batch, *, config: Config, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
   """Nats and hits of every scored latent, [B, N] float32, 0 elsewhere."""
   N = config.evaluate.num_latents
   inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
-  with partitioning.activations(mesh, config.mesh.rules):
-    logits_BNV = PerceiverAR(config.model).apply(
-      {'params': params}, inputs_BM, batch['positions'], num_latents=N
+  with partitioning.activations(
+    mesh, config.mesh.rules, num_rows=len(inputs_BM), num_latents=N
+  ):
+    z_BND = PerceiverAR(config.model).apply(
+      {'params': params},
+      inputs_BM,
+      batch['positions'],
+      num_latents=N,
+      method=PerceiverAR.encode,
     )
-  assert isinstance(logits_BNV, jax.Array)
-  loss_BN, _ = losses.softmax_cross_entropy(
-    logits_BNV, targets_BN, z_loss=0.0, label_smoothing=0.0
-  )
+    assert isinstance(z_BND, jax.Array)
+    scores = score_latents(
+      params,
+      z_BND,
+      targets_BN,
+      config.model,
+      z_loss=0.0,
+      label_smoothing=0.0,
+    )
   from_end_N = N - jnp.arange(N)
   weights_BN *= from_end_N[None] <= batch['num_scored'][:, None]
-  hits_BN = logits_BNV.argmax(-1) == targets_BN
   # A weight of zero must also silence what is not finite.
   return (
-    jnp.where(weights_BN > 0, loss_BN, 0.0),
-    hits_BN * weights_BN,
+    jnp.where(weights_BN > 0, scores['loss'], 0.0),
+    scores['correct'] * weights_BN,
   )
 
 

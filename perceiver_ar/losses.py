@@ -28,9 +28,10 @@ def softmax_cross_entropy(
   """
   assert logits_BNV.dtype == jnp.float32, logits_BNV.dtype
   log_z_BN = jax.nn.logsumexp(logits_BNV, axis=-1)
-  picked_BN = jnp.take_along_axis(
-    logits_BNV, targets_BN[..., None], axis=-1, mode='clip'
-  )[..., 0]
+  # A sum, not a gather: it splits with the vocabulary.
+  ids_V = jnp.arange(logits_BNV.shape[-1])
+  is_target_BNV = ids_V[None, None] == targets_BN[..., None]
+  picked_BN = jnp.where(is_target_BNV, logits_BNV, 0.0).sum(axis=-1)
   loss_BN = log_z_BN - picked_BN
   if label_smoothing:
     V = logits_BNV.shape[-1]

@@ -1,4 +1,4 @@
-"""The command line: flags live here and nowhere else.
+"""The command line: what each command does.
 
 A user's mistake ends in one sentence and exit status 2; --debug shows where
 it came from.
@@ -11,23 +11,26 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import logging as absl_logging
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import config_files
+from perceiver_ar import config_files, flags
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
-
-_CONFIG_HELP = """
---config=FILE.py[:ARG] is a file such as configs/books.py:demo; any key of it
-is set by --config.SECTION.KEY=VALUE (configs/default.py explains them all)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs a command and exits with its status."""
-  args, rest = _parser().parse_known_args(argv)
+  runs = {
+    'train': _train,
+    'evaluate': _evaluate,
+    'sample': _sample,
+    'plan': _plan,
+    'checkpoint': _checkpoint,
+  }
+  args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   absl_logging.set_verbosity('warning')
   try:
@@ -35,129 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   except UserError as error:
     if args.debug:
       raise
-    sys.exit(_fail(str(error)))
+    sys.exit(flags.fail(str(error)))
   except OSError as error:
     # Others than those of a path are not the user's mistakes.
     if args.debug or error.filename is None:
       raise
-    sys.exit(_fail(f'{error.filename}: {error.strerror}; use another path'))
+    sys.exit(
+      flags.fail(f'{error.filename}: {error.strerror}; use another path')
+    )
   except KeyboardInterrupt:
     sys.exit(130)
-
-
-def _fail(sentence: str) -> int:
-  # A library's words, quoted in it, may have lines of their own.
-  print(f'perceiver-ar: {" ".join(sentence.split())}', file=sys.stderr)
-  return 2
-
-
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line, as for all other mistakes."""
-
-  def error(self, message: str) -> NoReturn:
-    sys.exit(_fail(f'{message}; see {self.prog} --help'))
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
-    prog='perceiver-ar',
-    description='Trains, evaluates and samples Perceiver AR models.',
-  )
-  commands = parser.add_subparsers(required=True, metavar='COMMAND')
-
-  def command(name: str, run: Any, about: str, config: bool = True) -> Any:
-    sub = commands.add_parser(
-      name,
-      help=about,
-      description=about,
-      epilog=_CONFIG_HELP if config else None,
-      allow_abbrev=False,
-    )
-    sub.set_defaults(run=run, takes_config=config)
-    sub.add_argument(
-      '--workdir', required=True, metavar='DIR', help='the folder of the run'
-    )
-    sub.add_argument(
-      '--debug', action='store_true', help='show tracebacks of mistakes'
-    )
-    return sub
-
-  command('train', _train, 'Train; run again, it goes on where it was.')
-  evaluate = command(
-    'evaluate', _evaluate, 'Score every held-out token once, as JSON.'
-  )
-  evaluate.add_argument('--split', help='of the data set')
-  evaluate.add_argument('--num_latents', type=int, help='N at test time')
-  evaluate.add_argument('--context_length', type=int, help='M at test time')
-  evaluate.add_argument(
-    '--stride', type=int, help='tokens scored per block; 1 is exact and slow'
-  )
-  evaluate.add_argument(
-    '--max_examples',
-    type=int,
-    help='documents, evenly spread; default: all',
-  )
-  sample = command(
-    'sample', _sample, 'Write samples to WORKDIR/samples, replacing the last.'
-  )
-  sample.add_argument('--num_samples', type=int, help='drawn together')
-  sample.add_argument('--length', type=int, help='new tokens of each')
-  sample.add_argument(
-    '--prompt',
-    metavar='FILE',
-    action='append',
-    help='text, MIDI or PNG to go on from; may be given several times',
-  )
-  sample.add_argument(
-    '--prompt_split',
-    metavar='SPLIT',
-    help='go on from documents of this split of the data set instead',
-  )
-  sample.add_argument(
-    '--num_prompts', type=int, help='documents, evenly spread; default: 1'
-  )
-  sample.add_argument(
-    '--prompt_length',
-    type=int,
-    help='go on from the first so many tokens of each, and keep the original '
-    'to compare; default: all of them',
-  )
-  sample.add_argument('--temperature', type=float, help='0: the likeliest')
-  sample.add_argument('--top_p', type=float, help='nucleus')
-  sample.add_argument('--top_k', type=int, help='0: all')
-  sample.add_argument('--seed', type=int)
-  sample.add_argument('--num_latents', type=int, help='N at test time')
-  sample.add_argument(
-    '--refill_latents',
-    type=int,
-    help='latents made anew when N are in use; default: half of N',
-  )
-  for sub in (evaluate, sample):
-    sub.add_argument('--step', type=int, help='of the checkpoint; or newest')
-    sub.add_argument(
-      '--output', type=Path, metavar='FILE', help='write the JSON here, too'
-    )
-  checkpoint = command(
-    'checkpoint', _checkpoint, 'Look at checkpoints.', config=False
-  )
-  checkpoint.add_argument(
-    'action',
-    choices=('list', 'verify', 'diff', 'export'),
-    help='list: steps and sizes; verify: every checksum; diff: what differs '
-    'between two steps; export: parameters as safetensors',
-  )
-  checkpoint.add_argument('--step', type=int, help='diff, export; or newest')
-  checkpoint.add_argument(
-    '--other', metavar='DIR', help='diff: the other workdir; or the same'
-  )
-  checkpoint.add_argument('--other_step', type=int, help='diff; or newest')
-  checkpoint.add_argument(
-    '--output',
-    type=Path,
-    metavar='FILE',
-    help='export: the safetensors file; else write the JSON here',
-  )
-  return parser
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
@@ -232,6 +122,36 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     f'{len(report["samples"])} samples from step {step} in {folder} '
     f'({report["tokens_per_second"]:,.0f} tokens/s)'
   )
+  return 0
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> int:
+  if not any(word.startswith('--config=') for word in rest):
+    raise UserError('plan needs --config=FILE.py[:ARG]; see configs/')
+  if args.output and not args.output.resolve().parent.is_dir():
+    raise UserError(f'--output={args.output} lies in no folder; make it first')
+  config = config_files.resolve(rest, None)
+  from perceiver_ar.plan import advice, page, plans
+  from perceiver_ar.plan.machine import open_machine
+
+  machine = open_machine(args.topology, args.num_slices)
+  hbm_bytes = machine.chip.usable_bytes
+  if args.sweep:
+    rows = advice.sweep(config, machine, args.command, hbm_bytes)
+    print(page.render_sweep(rows), end='')
+    _write_json(page.sweep_to_dicts(rows), args.output)
+    return 0
+  plan = plans.make_plan(config, machine, args.command, hbm_bytes)
+  report = plan.to_dict()
+  print(page.render(plan), end='')
+  if not plan.fits:
+    change = advice.smallest_change(config, machine, plan)
+    print('\n' + page.render_change(plan, change), end='')
+    report['change'] = change and {
+      'keys': dict(change[0]),
+      'plan': change[1].to_dict(),
+    }
+  _write_json(report, args.output)
   return 0
 
 

@@ -52,7 +52,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
-  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  adam = optax.scale_by_adam(
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    mu_dtype=config.momentum_dtype,
+  )
   decay = optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
   if config.name == 'adam':
     return adam
@@ -69,7 +74,9 @@ def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
       decay,
     )
   assert config.name == 'sgd', config.name
-  return optax.trace(decay=config.b1, nesterov=True)
+  return optax.trace(
+    decay=config.b1, nesterov=True, accumulator_dtype=config.momentum_dtype
+  )
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

@@ -15,20 +15,17 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.linen import spmd
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar.config import MESH_AXES, MeshConfig
+from perceiver_ar.config import MESH_AXES, MeshConfig, ModelConfig
 from perceiver_ar.errors import UserError
 
 BATCH_AXES = ('slice', 'data')
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-_ACTIVATIONS: Rules = {
-  'batch': BATCH_AXES,
-  'context': 'context',
-  'latents': None,
-}
 _UNSHARDED: Rules = dict.fromkeys(
   (
     'embed',
@@ -43,8 +40,11 @@ _UNSHARDED: Rules = dict.fromkeys(
   )
 )
 _FSDP: Rules = {'embed': 'data'}
-# The vocabulary stays whole: the 259 ids of bytes divide by nothing.
 _TENSOR: Rules = {'heads': 'model', 'mlp': 'model', 'latent_embed': 'model'}
+# Apart, because the 259 ids of bytes divide by nothing.
+_VOCAB: Rules = {'vocab': 'model'}
+# Parameters split further, for gathers of them over `context` in every layer.
+_CONTEXT: Rules = {'embed': ('data', 'context')}
 # Elements (64 MiB of float32) from which on a parameter must be sharded, if
 # the rules shard parameters at all.
 _LARGE = 2**24
@@ -56,6 +56,8 @@ def parameter_rules(name: str) -> Rules:
     'fsdp': _FSDP,
     'tensor': _TENSOR,
     'fsdp_tensor': {**_FSDP, **_TENSOR},
+    'fsdp_tensor_vocab': {**_FSDP, **_TENSOR, **_VOCAB},
+    'context': {**_CONTEXT, **_TENSOR},
   }
   if name not in sets:
     raise UserError(
@@ -65,18 +67,86 @@ def parameter_rules(name: str) -> Rules:
 
 
 @contextlib.contextmanager
-def activations(mesh: Mesh, name: str) -> Iterator[None]:
+def activations(
+  mesh: Mesh, name: str, *, num_rows: int, num_latents: int
+) -> Iterator[None]:
   """Inside a compiled function: logical axes of activations mean `mesh`'s.
 
-  They keep `embed` whole: FSDP shards parameters, not activations.
+  Inputs lie over `batch` x `context`. Latents have their `rows` over the
+  context axis as well, or, where there are too few rows, split themselves.
+
+  Args:
+    mesh: of the arrays.
+    name: of the rules for parameters.
+    num_rows: B of a forward pass, over all devices.
+    num_latents: N.
   """
-  rules = {**parameter_rules(name), **_ACTIVATIONS, 'embed': None}
+  rows, latents = latent_axes(mesh, num_rows, num_latents)
+  axes: Rules = {
+    'batch': BATCH_AXES,
+    'context': 'context',
+    'rows': rows,
+    'latents': latents,
+  }
+  with _rules(mesh, name, axes):
+    yield
+
+
+@contextlib.contextmanager
+def decoding(mesh: Mesh, name: str) -> Iterator[None]:
+  """The same for sampling: the context axis has other samples."""
+  rows = (*BATCH_AXES, 'context')
+  axes: Rules = {
+    'batch': rows,
+    'context': None,
+    'rows': rows,
+    'latents': None,
+  }
+  with _rules(mesh, name, axes):
+    yield
+
+
+@contextlib.contextmanager
+def _rules(mesh: Mesh, name: str, axes: Rules) -> Iterator[None]:
+  # `embed` is whole: FSDP shards parameters, not activations.
+  rules = {**parameter_rules(name), **axes, 'embed': None}
   # Without a mesh in the context Linen's constraints silently do nothing.
   with (
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     nn.logical_axis_rules(list(rules.items())),
   ):
     yield
+
+
+def spec(axes: Sequence[str]) -> PartitionSpec:
+  """What logical axes mean where the rules of `activations` are in force."""
+  found = spmd.logical_to_mesh_axes(axes)
+  assert found is not None
+  return found
+
+
+def latent_axes(
+  mesh: Mesh, num_rows: int, num_latents: int
+) -> tuple[tuple[str, ...], str | None]:
+  """The mesh axes of the rows of latents, and of the latents of a row.
+
+  Raises:
+    UserError: neither divides.
+  """
+  ways, context = _ways(mesh, BATCH_AXES), mesh.shape['context']
+  if num_rows % (ways * context) == 0:
+    return (*BATCH_AXES, 'context'), None
+  if num_rows % ways == 0 and num_latents % context == 0:
+    return BATCH_AXES, 'context'
+  raise UserError(
+    f'mesh.context {context} divides neither the {num_rows} rows of a pass, '
+    f'split {ways} ways by slice and data already, nor {num_latents} latents; '
+    'change train.batch_size, train.num_microbatches or the mesh'
+  )
+
+
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
@@ -101,9 +171,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes]
   return Mesh(
-    np.asarray(devices).reshape(shape),
+    _arrange(shape, devices),
     MESH_AXES,
     axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
+def _arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+  """Neighbours in the mesh are neighbours in the machine, where it says so.
+
+  Raises:
+    UserError: the slice axis is not as long as there are TPU slices.
+  """
+  if devices[0].platform != 'tpu':
+    return np.asarray(devices).reshape(shape)
+  num_slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if shape[0] != num_slices:
+    raise UserError(
+      f'mesh.slice is {shape[0]}, and the devices are of {num_slices} slices; '
+      f'set mesh.slice={num_slices}'
+    )
+  if num_slices == 1:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    [1, *shape[1:]],
+    [num_slices, 1, 1, 1],
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
@@ -159,7 +255,7 @@ def _spec(
         f'{sorted(used & set(over))[0]!r} twice; give one of them another rule'
       )
     used |= set(over)
-    ways = math.prod(mesh.shape[m] for m in over)
+    ways = _ways(mesh, over)
     if size % ways:
       raise UserError(
         f'{name}: axis {axis!r} of size {size} is not divisible by mesh axis '
@@ -212,12 +308,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(key: str, size: int, mesh: Mesh) -> None:
-  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def check_batch(key: str, size: int, mesh: Mesh, *, axes: str) -> None:
+  """Refuses a number of rows that axes, such as 'slice*data', do not divide."""
+  ways = _ways(mesh, axes.split('*'))
   if size % ways:
     raise UserError(
-      f'{key} {size} is not divisible by mesh axes slice*data of size {ways}; '
-      f'use a multiple of {ways}, or a smaller data axis'
+      f'{key} {size} is not divisible by mesh axes {axes} of size {ways}; '
+      f'use a multiple of {ways}, or a smaller mesh axis'
+    )
+
+
+def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
+  """Refuses inputs that the context axis does not divide, or cannot split."""
+  context = mesh.shape['context']
+  for name, inputs in (
+    (key, size),
+    ('model.num_kept_inputs', model.num_kept_inputs),
+  ):
+    if inputs % context:
+      raise UserError(
+        f'{name} {inputs} is not divisible by mesh.context {context}; use a '
+        f'multiple of {context}, or a smaller context axis'
+      )
+  if context > 1 and model.attention in ('reference', 'cudnn'):
+    raise UserError(
+      f'model.attention {model.attention} cannot split its inputs over '
+      f'mesh.context {context}; use chunked, or flash on TPU'
     )
 
 

@@ -86,7 +86,9 @@ class Sampler:
     self._params = params
     self._layout = layout
     how = config.sample
-    partitioning.check_batch('sample.num_samples', how.num_samples, mesh)
+    partitioning.check_batch(
+      'sample.num_samples', how.num_samples, mesh, axes='slice*data*context'
+    )
     self._N, self._R = how.num_latents, how.refill_latents
     self._M = config.model.context_length
     step = _Step(config, mesh, tuple(forbidden))
@@ -94,7 +96,7 @@ class Sampler:
       functools.partial(step.apply, method=PerceiverAR.write_inputs),
       donate_argnums=3,
     )
-    self._segment = jax.jit(step.segment, donate_argnums=3)
+    self._segment = make_segment(config, mesh, forbidden)
     self._uncached = jax.jit(step.uncached_segment)
 
   def run(self, prompt_T: np.ndarray, length: int) -> Iterator[np.ndarray]:
@@ -210,6 +212,12 @@ class Sampler:
         )
 
 
+def make_segment(config: Config, mesh: Mesh, forbidden: Sequence[int]) -> Any:
+  """The compiled `_Step.segment`; it takes over the buffers of the cache."""
+  step = _Step(config, mesh, tuple(forbidden))
+  return jax.jit(step.segment, donate_argnums=3)
+
+
 class _Step:
   """The compiled parts, pure functions of (params, tokens, cache, counts)."""
 
@@ -218,7 +226,7 @@ class _Step:
     self._model = PerceiverAR(config.model)
     self._forbidden = forbidden
     self._pin = functools.partial(
-      partitioning.activations, mesh, config.mesh.rules
+      partitioning.decoding, mesh, config.mesh.rules
     )
 
   def apply(

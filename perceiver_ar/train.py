@@ -18,12 +18,20 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from perceiver_ar import checkpoint, flops, metrics, partitioning, workdir
+from perceiver_ar import (
+  checkpoint,
+  flops,
+  metrics,
+  partitioning,
+  sharded_attention,
+  workdir,
+)
 from perceiver_ar import train_step as train_step_lib
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.evaluate import Evaluator
+from perceiver_ar.plan import plans
 from perceiver_ar.progress import Progress
 from perceiver_ar.train_step import TrainState
 
@@ -63,11 +71,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       too many steps in a row were not finite.
   """
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  partitioning.check_batch(
-    'train.batch_size / train.num_microbatches',
-    config.train.batch_size // config.train.num_microbatches,
-    mesh,
-  )
+  _check_mesh(config, mesh)
   documents = pipeline.open_documents(
     config.data, 'train', seed=config.train.seed
   )
@@ -101,6 +105,20 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       contextlib.closing(batches),
     ):
       return loop.run(state, batches, first_step, writer)
+
+
+def _check_mesh(config: Config, mesh: Mesh) -> None:
+  model, train = config.model, config.train
+  num_rows = train.batch_size // train.num_microbatches
+  partitioning.check_batch(
+    'train.batch_size / train.num_microbatches',
+    num_rows,
+    mesh,
+    axes='slice*data',
+  )
+  length = model.context_length
+  partitioning.check_context(model, 'model.context_length', length, mesh)
+  partitioning.latent_axes(mesh, num_rows, model.num_latents)
 
 
 def _first_state(
@@ -154,7 +172,7 @@ class _Loop:
     writer: metrics.Writer,
   ) -> int:
     num_steps = self._config.train.num_steps
-    train_step = train_step_lib.make_train_step(self._config, self._mesh)
+    train_step = self._make_step()
     self._writer, self._clock = writer, time.monotonic()
     with (
       Progress(
@@ -176,6 +194,12 @@ class _Loop:
         if self._after(step + 1, state):
           break
     return self._end(step + 1)
+
+  def _make_step(self) -> Any:
+    is_tpu = self._mesh.devices.flat[0].platform == 'tpu'
+    if is_tpu and self._config.train.check_memory:
+      return plans.fitting_step(self._config, self._mesh)
+    return train_step_lib.make_train_step(self._config, self._mesh)
 
   def _after(self, step: int, state: TrainState) -> bool:
     """Evaluates and saves if it is time; True if the run must end here."""
@@ -291,10 +315,11 @@ def _announce(
   device = mesh.devices.flat[0]
   axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
   model = config.model
+  kernel = sharded_attention.choose(model, mesh.abstract_mesh)
   print(
     f'{mesh.size} x {device.device_kind}'
     + (f' ({axes})' if axes else '')
-    + f'; {num:,} parameters; {model.attention} attention, {model.dtype}'
+    + f'; {num:,} parameters; {kernel.name} attention, {model.dtype}'
   )
   if config.data.kind != 'copy':  # whose documents have no end
     tokens = int(documents.num_tokens.sum())

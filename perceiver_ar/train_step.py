@@ -36,7 +36,7 @@ class TrainState:
 
   Attributes:
     step: batches seen, skipped ones too.
-    params: float32.
+    params: of `model.param_dtype`; gradients and moments are float32.
     opt_state: of optax.
     num_skipped: steps whose loss or gradient was not finite.
     num_skipped_in_a_row: the same, since the last finite one.
@@ -52,12 +52,13 @@ class TrainState:
 def _initial_params(config: ModelConfig, key: jax.Array) -> Params:
   """Parameters boxed with their logical axes."""
   M, N, P = config.context_length, config.num_latents, config.position_sizes
-  return PerceiverAR(config).init(
+  params = PerceiverAR(config).init(
     key,
     jnp.ones((1, M), jnp.int32),
     jnp.ones((1, M, len(P)), jnp.int32),
     num_latents=N,
   )['params']
+  return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> Params:
@@ -76,8 +77,15 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   params = abstract_params(config, mesh)
   optimizer = make_optimizer(config.optimizer)
   shardings = partitioning.optimizer_shardings(
-    optimizer, params, jax.tree.map(lambda x: x.sharding, params), mesh
+    optimizer,
+    _in_float32(params),
+    jax.tree.map(lambda x: x.sharding, params),
+    mesh,
   )
+  if config.optimizer.offload:
+    shardings = jax.tree.map(
+      lambda s: s.with_memory_kind('pinned_host'), shardings
+    )
   count = jax.ShapeDtypeStruct(
     (), jnp.int32, sharding=partitioning.replicated(mesh)
   )
@@ -85,11 +93,23 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     step=count,
     params=params,
     opt_state=_with_shardings(
-      jax.eval_shape(optimizer.init, params), shardings
+      jax.eval_shape(lambda x: optimizer.init(_in_float32(x)), params),
+      shardings,
     ),
     num_skipped=count,
     num_skipped_in_a_row=count,
   )
+
+
+def _in_float32(tree: Any) -> Any:
+  """What the optimizer sees, of arrays or of their shapes."""
+
+  def one(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x.update(dtype=jnp.float32)
+    return x.astype(jnp.float32)
+
+  return jax.tree.map(one, tree)
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
@@ -107,7 +127,8 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
   def init(key: jax.Array) -> TrainState:
     params = nn.unbox(_initial_params(config.model, key))
     zero = jnp.int32(0)
-    return TrainState(zero, params, optimizer.init(params), zero, jnp.int32(0))
+    opt_state = optimizer.init(_in_float32(params))
+    return TrainState(zero, params, opt_state, zero, jnp.int32(0))
 
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
   key = jax.random.key(config.train.seed)
@@ -122,7 +143,12 @@ def make_train_step(
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-    with partitioning.activations(mesh, config.mesh.rules):
+    with partitioning.activations(
+      mesh,
+      config.mesh.rules,
+      num_rows=config.train.batch_size // config.train.num_microbatches,
+      num_latents=config.model.num_latents,
+    ):
       return train_step(state, batch, config)
 
   return jax.jit(
@@ -150,19 +176,27 @@ def train_step(
   """
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   grads, sums = _accumulate(state.params, batch, key, config)
+  old_params = _in_float32(state.params)
+  old_opt_state = state.opt_state
+  if config.optimizer.offload:
+    old_opt_state = jax.device_put(old_opt_state, jax.memory.Space.Device)
   if config.optimizer.gradient == 'mean':
     count = jnp.maximum(sums['num_targets'], 1)
     grads = jax.tree.map(lambda g: g / count, grads)
   norm = optax.tree.norm(grads)
   optimizer = make_optimizer(config.optimizer)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = optimizer.update(grads, old_opt_state, old_params)
+  params = jax.tree.map(
+    lambda new, old: new.astype(old.dtype),
+    optax.apply_updates(old_params, updates),
+    state.params,
+  )
 
   is_finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
   params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(is_finite, new, old),
     (params, opt_state),
-    (state.params, state.opt_state),
+    (state.params, old_opt_state),
   )
   skipped = 1 - is_finite.astype(jnp.int32)
   in_a_row = (state.num_skipped_in_a_row + 1) * skipped
@@ -190,7 +224,12 @@ def _accumulate(
 ) -> tuple[Params, Sums]:
   """Gradients and sums over all microbatches."""
   num = config.train.num_microbatches
-  grad = jax.grad(functools.partial(_loss_sum, config=config), has_aux=True)
+
+  def grad(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    loss = functools.partial(_loss_sum, config=config)
+    grads, sums = jax.grad(loss, has_aux=True)(params, batch, key)
+    return _in_float32(grads), sums
+
   if num == 1:
     return grad(params, batch, jax.random.fold_in(key, 0))
 
@@ -219,28 +258,75 @@ def _loss_sum(
   model, N = config.model, config.model.num_latents
   drops = model.dropout_rate or model.input_dropout_rate
   inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
-  logits_BNV = PerceiverAR(model).apply(
+  z_BND = PerceiverAR(model).apply(
     {'params': params},
     inputs_BM,
     batch['positions'],
     num_latents=N,
     rngs={'dropout': key} if drops or model.num_kept_inputs else {},
+    method=PerceiverAR.encode,
   )
-  assert isinstance(logits_BNV, jax.Array)
-  loss_BN, z_loss_BN = losses.softmax_cross_entropy(
-    logits_BNV,
+  assert isinstance(z_BND, jax.Array)
+  scores = score_latents(
+    params,
+    z_BND,
     targets_BN,
+    model,
     z_loss=config.train.z_loss,
     label_smoothing=config.train.label_smoothing,
   )
-  correct_BN = logits_BNV.argmax(-1) == targets_BN
-  sums = {
-    'loss': (loss_BN * weights_BN).sum(),
-    'z_loss': (z_loss_BN * weights_BN).sum(),
-    'correct': (correct_BN * weights_BN).sum(),
-    'num_targets': weights_BN.sum(),
-  }
+  sums = {name: (x_BN * weights_BN).sum() for name, x_BN in scores.items()}
+  sums['num_targets'] = weights_BN.sum()
   return sums['loss'] + sums['z_loss'], sums
+
+
+def score_latents(
+  params: Params,
+  z_BND: jax.Array,
+  targets_BN: jax.Array,
+  config: ModelConfig,
+  *,
+  z_loss: float,
+  label_smoothing: float,
+) -> Sums:
+  """`loss`, `z_loss` and `correct` of every latent, [B, N] float32 each.
+
+  With `model.logits_block` the logits of so many latents of a row exist at a
+  time, and are computed again for the backward pass.
+  """
+
+  def score(inputs: tuple[jax.Array, jax.Array]) -> Sums:
+    z_BnD, targets_Bn = inputs
+    logits_BnV = PerceiverAR(config).apply(
+      {'params': params}, z_BnD, method=PerceiverAR.predict
+    )
+    assert isinstance(logits_BnV, jax.Array)
+    loss_Bn, z_loss_Bn = losses.softmax_cross_entropy(
+      logits_BnV, targets_Bn, z_loss=z_loss, label_smoothing=label_smoothing
+    )
+    correct_Bn = (logits_BnV.argmax(-1) == targets_Bn).astype(jnp.float32)
+    return {'loss': loss_Bn, 'z_loss': z_loss_Bn, 'correct': correct_Bn}
+
+  B, N = targets_BN.shape
+  block = config.logits_block or N
+  if block >= N:
+    return score((z_BND, targets_BN))
+  # Strided, so that every block has latents of every device.
+  num = -(-N // block)
+  parts = z_BND, targets_BN
+  parts = jax.tree.map(lambda x: _strided(x, num), parts)
+  scores = jax.lax.map(jax.checkpoint(score), parts)
+  return jax.tree.map(
+    lambda x_nBb: jnp.moveaxis(x_nBb, 0, 2).reshape(B, -1)[:, :N], scores
+  )
+
+
+def _strided(x_BN: jax.Array, num: int) -> jax.Array:
+  """Rows [B, N, ...] as `num` blocks of every num-th latent, zero-padded."""
+  B, N = x_BN.shape[:2]
+  padding = [(0, 0), (0, -N % num)] + [(0, 0)] * (x_BN.ndim - 2)
+  x_BN = jnp.pad(x_BN, padding).reshape(B, -1, num, *x_BN.shape[2:])
+  return jnp.moveaxis(x_BN, 2, 0)
 
 
 def shift(

@@ -49,7 +49,7 @@ _SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
     ({'model.position_source': 'start'}, 'model.position_source'),
     ({'model.dtype': 'float16'}, 'model.dtype'),
     ({'model.remat': 'some'}, 'model.remat'),
-    ({'model.attention': 'flash'}, 'model.attention'),
+    ({'model.attention': 'fast'}, 'model.attention'),
     ({'data.kind': 'video'}, 'data.kind'),
     ({'data.visits': 'twice'}, 'data.visits'),
     ({'optimizer.name': 'lion'}, 'optimizer.name'),

@@ -13,8 +13,9 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 # A module may import those of its own row, where it is a package, and below.
 _LAYERS = [
   'errors',
-  'ops data config config_files progress distributed',
-  'models partitioning optimizer losses metrics flops checksums workdir',
+  'ops data config config_checks config_files flags progress distributed chips',
+  'models sharded_attention partitioning optimizer losses metrics flops '
+  'checksums workdir',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'train plan report',
   'main',
@@ -23,7 +24,12 @@ _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 # Within a row.
 _ALSO = {
   ('config_files', 'config'),
+  ('config', 'config_checks'),
+  ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section
+  ('models', 'sharded_attention'),
+  ('sharded_attention', 'partitioning'),
+  ('train', 'plan'),
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are

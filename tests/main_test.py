@@ -45,6 +45,14 @@ COMMANDS = {
     '--workdir',
     '--config',
   ],
+  'plan': (
+    '--topology',
+    '--num_slices',
+    '--command',
+    '--sweep',
+    '--output',
+    '--config',
+  ),
   'checkpoint': ('list', 'verify', '--output', '--workdir', '--debug'),
 }
 
@@ -150,6 +158,18 @@ def assert_one_sentence(capsys, named):
     (['sample', '--workdir=x', '--top_k=few'], ['--top_k', 'few']),
     (['checkpoint', 'list', '--workdir=x'], ['x holds no checkpoint']),
     (['checkpoint', 'mend', '--workdir=x'], ['mend', 'verify']),
+    (['plan', TINY], ['--topology']),
+    (['plan', '--topology=cpu:8'], ['plan needs --config=FILE.py']),
+    (['plan', TINY, '--topology=v9:4x4'], ['v9', 'v5p']),
+    (['plan', TINY, '--topology=cpu:8', '--output=no/x.json'], ['no/x.json']),
+    (
+      ['plan', TINY, '--topology=cpu:8', '--config.mesh.model=3'],
+      ['model 3', '8 devices'],
+    ),
+    (
+      ['plan', TINY, '--topology=cpu:8', '--command=sample'],
+      ['sample.num_samples 2', 'size 8'],
+    ),
   ],
 )
 def test_a_wrong_command_line_is_refused_in_one_sentence(
@@ -264,6 +284,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(copied, capsys):
   assert run('train', TINY, f'--workdir={copied}', *words) == 2
   assert 'run again to train from the start' in capsys.readouterr().err
   assert {p.name for p in (copied / 'damaged').iterdir()} == {'4-1', '8-1'}
+
+
+def test_a_plan_is_a_page_and_json(tmp_path, capsys):
+  output = tmp_path / 'plan.json'
+  words = ('plan', TINY, '--topology=cpu:8', f'--output={output}')
+  assert run(*words) == 0
+  out, err = capsys.readouterr()
+  assert 'compiling for 8 x CPU' in err
+  assert 'fits' in out
+  report = json.loads(output.read_text())
+  assert report['fits']
+  assert report['mesh'] == {'slice': 1, 'data': 8, 'context': 1, 'model': 1}
 
 
 def test_debug_shows_where_a_mistake_came_from(tmp_path):

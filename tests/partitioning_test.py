@@ -70,6 +70,7 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, names):
     ('fsdp', ('data', None, None)),
     ('tensor', (None, 'model', None)),
     ('fsdp_tensor', ('data', 'model', None)),
+    ('context', (('data', 'context'), 'model', None)),
   ],
 )
 def test_rules_send_logical_axes_to_mesh_axes(rules, spec):
@@ -162,10 +163,37 @@ def test_factored_moments_stay_whole():
 
 def test_a_batch_that_does_not_divide_over_the_data_is_refused():
   mesh = _mesh(slices=2, data=2, model=2)
-  partitioning.check_batch('train.batch_size', 8, mesh)
+  partitioning.check_batch('train.batch_size', 8, mesh, axes='slice*data')
   with pytest.raises(UserError) as error:
-    partitioning.check_batch('train.batch_size', 6, mesh)
+    partitioning.check_batch('train.batch_size', 6, mesh, axes='slice*data')
   _is_one_sentence(error, 'train.batch_size 6', 'of size 4')
+
+
+def test_latents_have_rows_over_context_or_are_split():
+  mesh = _mesh(data=2, context=4)
+  over = partitioning.BATCH_AXES
+  assert partitioning.latent_axes(mesh, 8, 7) == ((*over, 'context'), None)
+  assert partitioning.latent_axes(mesh, 2, 8) == (over, 'context')
+  with pytest.raises(UserError) as error:
+    partitioning.latent_axes(mesh, 2, 7)
+  _is_one_sentence(error, 'mesh.context 4', '2 rows', '7 latents')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'names'),
+  [
+    ({'model.context_length': 30}, ('model.context_length 30', 'context 4')),
+    ({'model.num_kept_inputs': 6}, ('model.num_kept_inputs 6', 'context 4')),
+    ({'model.attention': 'reference'}, ('reference', 'chunked')),
+  ],
+)
+def test_inputs_that_do_not_split_over_context_are_refused(changes, names):
+  mesh = _mesh(data=2, context=4)
+  model = make_config(changes).model
+  length = model.context_length
+  with pytest.raises(UserError) as error:
+    partitioning.check_context(model, 'model.context_length', length, mesh)
+  _is_one_sentence(error, *names)
 
 
 def test_a_global_batch_keeps_its_rows_in_order_over_slices_and_data():
@@ -179,7 +207,7 @@ def test_a_global_batch_keeps_its_rows_in_order_over_slices_and_data():
 
 def test_constraints_without_a_rule_raise_instead_of_replicating():
   def run(x):
-    with partitioning.activations(_mesh(), 'fsdp'):
+    with partitioning.decoding(_mesh(), 'fsdp'):
       return layers.constrain(x, ('batch', 'colour'))
 
   with pytest.raises(Exception, match='colour'):

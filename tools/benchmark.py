@@ -125,8 +125,9 @@ def attention_cases(N: int, M: int, H: int, K: int) -> dict[str, Case]:
   cases = {}
   for kind in ('forward', 'both ways'):
     for implementation in ('chunked', 'reference'):
+      kernel = attention.Kernel(implementation, 512, interpret=False)
       attend = functools.partial(
-        attention.attend, mask=mask, implementation=implementation, block=512
+        attention.attend, mask=mask, turn=None, kernel=kernel
       )
       function, factor = attend, 1
       if kind == 'both ways':

@@ -7,24 +7,30 @@ Letters: B batch, N queries, M keys, D width, E embedding width, H heads,
 K head size.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import spmd
+from jax.ad_checkpoint import checkpoint_name
 
+from perceiver_ar import sharded_attention
 from perceiver_ar.config import ModelConfig
-from perceiver_ar.models import positions
 from perceiver_ar.models.cache import KeyValue
-from perceiver_ar.ops import attention
+from perceiver_ar.ops import rotation
 from perceiver_ar.ops.masks import Mask
+from perceiver_ar.ops.rotation import Turn
 
-Circle = tuple[jax.Array, jax.Array] | None
-"""Sines and cosines of the rotary angles; None without rotary positions."""
+Circle = Turn | None
+"""The rotary angles of queries or keys; None without rotary positions."""
+
+Axes = tuple[str | None, ...]
+"""Logical names of the axes of an array."""
 
 
-def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
   """Pins the sharding of `x` by its logical axes, each of which has a rule."""
   return spmd.with_logical_constraint(
     x, axes, fallback=spmd.RulesFallback.RAISE_ERROR
@@ -70,8 +76,13 @@ class Linear(nn.Module):
     )
     kernel = gather(kernel, self.kernel_axes, dtype)
     bias = gather(bias, bias_axes, dtype)
-    y = jnp.tensordot(x, kernel, num_contracted)
-    return y + jnp.expand_dims(bias, range(y.ndim - rank))
+    # As one matrix: with an axis of its own for heads, XLA lays the result out
+    # otherwise than attention on TPU reads it, and copies it.
+    lead = x.shape[: x.ndim - num_contracted]
+    size = math.prod(contracted)
+    y = x.reshape(*lead, size) @ kernel.reshape(size, -1)
+    y += bias.reshape((1,) * len(lead) + (-1,))
+    return y.reshape(*lead, *self.features)
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
@@ -92,8 +103,15 @@ def activation(name: str) -> Any:
 
 
 def latents(z_BND: jax.Array) -> jax.Array:
-  """The residual stream has its rows over `batch` and is whole otherwise."""
-  return constrain(z_BND, ('batch', 'latents', 'embed'))
+  """The residual stream is whole but for its rows, or its latents."""
+  return constrain(z_BND, ('rows', 'latents', 'embed'))
+
+
+def rows(table: jax.Array, ids_BM: jax.Array) -> jax.Array:
+  """Rows of a table; an id outside of it shows as NaN, not as another id."""
+  return table.at[ids_BM].get(
+    mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
+  )
 
 
 class Dropout(nn.Module):
@@ -105,7 +123,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention; queries come first, keys may come from a cache."""
+  """Multi-head attention; keys and values are projected apart."""
 
   config: ModelConfig
   num_heads: int
@@ -119,34 +137,47 @@ class Attention(nn.Module):
     self.value = Linear(self.config, heads, axes)
     self.out = Linear(self.config, (self.out_width,), ('heads', 'kv', 'embed'))
 
-  def keys_values(self, x_BME: jax.Array, circle: Circle) -> KeyValue:
-    axes = ('batch', 'context', 'heads', 'kv')
-    key_BMHK = self._rotate(self.key(x_BME), circle)
-    return KeyValue(
-      constrain(key_BMHK, axes),
-      constrain(self.value(x_BME), axes),
-    )
+  def keys_values(self, x_BME: jax.Array, axes: Axes) -> KeyValue:
+    """Not yet rotated."""
+    kv = KeyValue(self.key(x_BME), self.value(x_BME))
+    return jax.tree.map(lambda x: constrain(x, axes), kv)
+
+  def rotated(self, kv: KeyValue, circle: Circle) -> KeyValue:
+    return KeyValue(self._rotate(kv.key, circle), kv.value)
 
   def __call__(
-    self, x_BND: jax.Array, circle: Circle, kv: KeyValue, mask: Mask
+    self,
+    u_BND: jax.Array,
+    circle: Circle,
+    kv: KeyValue,
+    key_circle: Circle,
+    mask: Mask,
+    over: str,
   ) -> jax.Array:
-    q_BNHK = self._rotate(self.query(x_BND), circle)
+    """Attends over 'latents', 'inputs', or a 'cache' of rotated keys."""
+    q_BNHK = self._rotate(self.query(u_BND), circle)
+    q_BNHK = constrain(q_BNHK, sharded_attention.LATENTS)
+    if self._num_rotated < self.num_heads:
+      # Attention would rotate them all.
+      kv, key_circle = self.rotated(kv, key_circle), None
+    qkv = q_BNHK, kv.key, kv.value
     with jax.named_scope('attend'):
-      o_BNHK = attention.attend(
-        q_BNHK,
-        kv.key,
-        kv.value,
-        mask,
-        implementation=self.config.attention,
-        block=self.config.attention_block,
-      )
-    return self.out(o_BNHK)
+      if over == 'cache':
+        o_BNHK = sharded_attention.attend_cache(self.config, *qkv, mask)
+      elif over == 'inputs':
+        o_BNHK = sharded_attention.attend_inputs(
+          self.config, *qkv, mask, key_circle
+        )
+      else:
+        o_BNHK = sharded_attention.attend(self.config, *qkv, mask, key_circle)
+    return latents(self.out(o_BNHK))
+
+  @property
+  def _num_rotated(self) -> int:
+    return int(self.config.rotary_head_fraction * self.num_heads)
 
   def _rotate(self, x_BTHK: jax.Array, circle: Circle) -> jax.Array:
-    if circle is None:
-      return x_BTHK
-    num_heads = int(self.config.rotary_head_fraction * self.num_heads)
-    return positions.rotate(x_BTHK, circle, num_heads)
+    return rotation.rotate(x_BTHK, circle, self._num_rotated)
 
 
 class Mlp(nn.Module):
@@ -176,14 +207,44 @@ class CrossBlock(nn.Module):
     self.mlp_norm, self.mlp = layer_norm(c), Mlp(c, c.cross_mlp_width)
     self.dropout = Dropout(c.dropout_rate)
 
-  def keys_values(self, x_BME: jax.Array, circle: Circle) -> KeyValue:
-    return self.attention.keys_values(self.input_norm(x_BME), circle)
+  def keys_values(self, x_BME: jax.Array) -> KeyValue:
+    """Of the inputs, not yet rotated."""
+    return self.attention.keys_values(
+      self.input_norm(x_BME), sharded_attention.INPUTS
+    )
+
+  def look_up(self, x_VE: jax.Array, tokens_BM: jax.Array) -> KeyValue:
+    """`keys_values` of inputs that are rows of a table and nothing else.
+
+    Exact: before its rotation, an input's projections are its token's. The
+    gradient is a scatter-add into the table and one small matmul.
+    """
+    x_1VE = self.input_norm(x_VE[None])
+    kv = self.attention.keys_values(x_1VE, (None, None, 'heads', 'kv'))
+
+    def take(x_1VHK: jax.Array) -> jax.Array:
+      _, V, H, K = x_1VHK.shape
+      x_BMF = rows(x_1VHK.reshape(V, H * K), tokens_BM)
+      x_BMHK = x_BMF.reshape(*tokens_BM.shape, H, K)
+      return constrain(x_BMHK, sharded_attention.INPUTS)
+
+    return jax.tree.map(take, kv)
+
+  def rotated(self, kv: KeyValue, circle: Circle) -> KeyValue:
+    return self.attention.rotated(kv, circle)
 
   def __call__(
-    self, z_BND: jax.Array, circle: Circle, kv: KeyValue, mask: Mask
+    self,
+    z_BND: jax.Array,
+    circle: Circle,
+    kv: KeyValue,
+    key_circle: Circle,
+    mask: Mask,
+    over: str,
   ) -> jax.Array:
     u_BND = self.query_norm(z_BND)
-    z_BND += self.dropout(latents(self.attention(u_BND, circle, kv, mask)))
+    u_BND = self.attention(u_BND, circle, kv, key_circle, mask, over)
+    z_BND += self.dropout(u_BND)
     return z_BND + self.dropout(latents(self.mlp(self.mlp_norm(z_BND))))
 
 
@@ -210,10 +271,13 @@ class SelfBlock(nn.Module):
     cache: KeyValue | None,
   ) -> tuple[jax.Array, KeyValue | None]:
     """One layer; with a cache, new keys and values go to its rows `rows_N`."""
+    z_BND = checkpoint_name(z_BND, 'layer_input')
     u_BND = self.norm(z_BND)
-    kv = self.attention.keys_values(u_BND, circle)
+    kv = self.attention.keys_values(u_BND, sharded_attention.LATENTS)
+    over = 'latents'
     if cache is not None:
       assert rows_N is not None
-      kv = cache = cache.write(rows_N, kv)
-    z_BND += self.dropout(latents(self.attention(u_BND, circle, kv, mask)))
+      kv = cache = cache.write(rows_N, self.attention.rotated(kv, circle))
+      over = 'cache'
+    z_BND += self.dropout(self.attention(u_BND, circle, kv, circle, mask, over))
     return z_BND + self.dropout(latents(self.mlp(self.mlp_norm(z_BND)))), cache

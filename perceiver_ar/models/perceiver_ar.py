@@ -16,15 +16,24 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from perceiver_ar import sharded_attention
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models import layers, positions
 from perceiver_ar.models.cache import Cache, KeyValue
 from perceiver_ar.ops.masks import Mask
+from perceiver_ar.ops.rotation import Turn
 
 _REMAT_POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'attention': jax.checkpoint_policies.save_only_these_names('attention'),
   'full': jax.checkpoint_policies.nothing_saveable,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=['layer_input'],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
 }
 
 
@@ -35,7 +44,10 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens_BM: jax.Array, positions_BMP: jax.Array
+    self,
+    tokens_BM: jax.Array,
+    positions_BMP: jax.Array,
+    axes: layers.Axes,
   ) -> jax.Array:
     c = self.config
     x_BME = self._look_up('token', c.vocab_size, tokens_BM)
@@ -47,7 +59,7 @@ class Embed(nn.Module):
       elif c.position_encoding == 'sinusoidal':
         x_BME += positions.sinusoidal(positions_BMP[..., axis], c.embed_width)
     x_BME = x_BME.astype(c.dtype)
-    return layers.constrain(x_BME, ('batch', 'context', 'embed'))
+    return layers.constrain(x_BME, (*axes, 'embed'))
 
   def _look_up(self, name: str, rows: int, ids_BM: jax.Array) -> jax.Array:
     axes = ('vocab' if name == 'token' else 'positions', 'embed')
@@ -58,10 +70,7 @@ class Embed(nn.Module):
       (rows, self.config.embed_width),
     )
     table = layers.gather(table, axes, 'float32')
-    # An id outside of the table shows as NaN instead of as another id.
-    return table.at[ids_BM].get(
-      mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
-    )
+    return layers.rows(table, ids_BM)
 
 
 class Logits(nn.Module):
@@ -82,7 +91,8 @@ class Logits(nn.Module):
       preferred_element_type=jnp.float32,
     )
     bias_V = layers.gather(bias, ('vocab',), 'float32')
-    return logits_BNV + jnp.expand_dims(bias_V, range(z_BND.ndim - 1))
+    logits_BNV += jnp.expand_dims(bias_V, range(z_BND.ndim - 1))
+    return logits_BNV
 
 
 class PerceiverAR(nn.Module):
@@ -121,6 +131,21 @@ class PerceiverAR(nn.Module):
   ) -> jax.Array:
     """Logits for the token after each of the last N inputs, [B, N, V] float32.
 
+    Arguments as for `encode`.
+    """
+    z_BND = self.encode(tokens_BM, positions_BMP, num_latents=num_latents)
+    return self.predict(z_BND)
+
+  def predict(self, z_BND: jax.Array) -> jax.Array:
+    """Logits of some latents out of the last layer, [B, N, V] float32."""
+    logits_BNV = self.logits(self.norm(z_BND))
+    return layers.constrain(logits_BNV, ('rows', 'latents', 'vocab'))
+
+  def encode(
+    self, tokens_BM: jax.Array, positions_BMP: jax.Array, *, num_latents: int
+  ) -> jax.Array:
+    """The last N inputs as latents, out of the last layer, [B, N, D].
+
     Args:
       tokens_BM: ids, padded with 0 on the left; padding never attends.
       positions_BMP: position ids of the inputs in their document; read only
@@ -129,25 +154,40 @@ class PerceiverAR(nn.Module):
     """
     M, N = tokens_BM.shape[1], num_latents
     assert 1 <= N <= M, (N, M)
+    # Ids are small: every device of `context` has all of its rows'.
+    tokens_BM = layers.constrain(tokens_BM, ('batch', None))
+    positions_BMP = layers.constrain(positions_BMP, ('batch', None, None))
     has_token_BM = tokens_BM != 0
     start_B = jnp.where(has_token_BM.any(1), has_token_BM.argmax(1), M)
     slots_BM = jnp.broadcast_to(jnp.arange(M)[None], tokens_BM.shape)
     ids_BMP, angles_BM = self._positions(positions_BMP, slots_BM, M)
-    angles_BN = angles_BM[:, -N:]
+    latents, inputs = ('rows', 'latents'), ('batch', 'context')
+    angles_BN = layers.constrain(angles_BM[:, -N:], latents)
     z_BND = self._first_latents(tokens_BM[:, -N:], ids_BMP[:, -N:])
+
+    # Where they are looked up, or XLA would move what it finds there.
+    tokens_BM = layers.constrain(tokens_BM, inputs)
+    ids_BMP = layers.constrain(ids_BMP, (*inputs, None))
+    angles_BM = layers.constrain(angles_BM, inputs)
 
     mask = Mask(offset=M - N, start_B=start_B)
     if self.has_rng('dropout'):
       mask, tokens_BM, ids_BMP, angles_BM = self._drop_inputs(
         mask, tokens_BM, ids_BMP, angles_BM
       )
-    kv = self._inputs(tokens_BM, ids_BMP, angles_BM)
-    z_BND = self.cross(z_BND, self._cross_circle(angles_BN), kv, mask)
+    z_BND = self.cross(
+      z_BND,
+      self._cross_circle(angles_BN),
+      self._inputs(tokens_BM, ids_BMP),
+      self._cross_circle(angles_BM),
+      mask,
+      'inputs',
+    )
     mask = Mask(offset=0, start_B=start_B - (M - N))
     z_BND, _ = self.layers(
       z_BND, self._self_circle(angles_BN), mask, None, None
     )
-    return self.logits(self.norm(z_BND))
+    return z_BND
 
   def write_inputs(
     self, tokens_BT: jax.Array, positions_BTP: jax.Array, cache: Cache
@@ -157,7 +197,9 @@ class PerceiverAR(nn.Module):
     assert T <= M, (T, M)
     index_T = cache.num_inputs + jnp.arange(T)
     ids_BTP, angles_BT = self._cached_positions(positions_BTP, index_T)
-    kv = self._inputs(tokens_BT, ids_BTP, angles_BT)
+    kv = self.cross.rotated(
+      self._inputs(tokens_BT, ids_BTP), self._cross_circle(angles_BT)
+    )
     return dataclasses.replace(
       cache,
       inputs=cache.inputs.write(index_T % M, kv),
@@ -188,7 +230,9 @@ class PerceiverAR(nn.Module):
       z_BTD,
       self._cross_circle(angles_BT),
       cache.inputs,
+      None,
       cache_lib.inputs_mask(cache, T),
+      'cache',
     )
     z_BTD, latents = self.layers(
       z_BTD,
@@ -206,13 +250,26 @@ class PerceiverAR(nn.Module):
   def _first_latents(
     self, tokens_BN: jax.Array, ids_BNP: jax.Array
   ) -> jax.Array:
-    return layers.latents(self.to_latents(self.embed(tokens_BN, ids_BNP)))
+    x_BNE = self.embed(tokens_BN, ids_BNP, ('rows', 'latents'))
+    return layers.latents(self.to_latents(x_BNE))
 
-  def _inputs(
-    self, tokens_BM: jax.Array, ids_BMP: jax.Array, angles_BM: jax.Array
-  ) -> KeyValue:
-    x_BME = self.embed(tokens_BM, ids_BMP)
-    return self.cross.keys_values(x_BME, self._cross_circle(angles_BM))
+  def _inputs(self, tokens_BM: jax.Array, ids_BMP: jax.Array) -> KeyValue:
+    """Keys and values, not yet rotated."""
+    if self._uses_table(*tokens_BM.shape):
+      ids_1V = jnp.arange(self.config.vocab_size)[None]
+      x_1VE = self.embed(
+        ids_1V, jnp.zeros_like(ids_1V)[..., None], (None, None)
+      )
+      return self.cross.look_up(x_1VE[0], tokens_BM)
+    x_BME = self.embed(tokens_BM, ids_BMP, ('batch', 'context'))
+    return self.cross.keys_values(x_BME)
+
+  def _uses_table(self, num_rows: int, num_inputs: int) -> bool:
+    c = self.config
+    if c.token_table != 'auto':
+      return c.token_table == 'always'
+    num_local = num_rows * num_inputs // sharded_attention.num_input_shards()
+    return c.position_encoding == 'rotary' and c.vocab_size < num_local
 
   def _positions(
     self, positions_BMP: jax.Array, slots_BM: jax.Array, num_slots: int
@@ -249,7 +306,7 @@ class PerceiverAR(nn.Module):
     num = int(head_size * c.rotary_fraction / 2)
     frequencies = positions.rotary_frequencies(num, c.rotary_max_wavelength)
     sin, cos = positions.unit_circle(angles_BT, frequencies)
-    return (-sin if c.position_source == 'from_end' else sin), cos
+    return Turn(-sin if c.position_source == 'from_end' else sin, cos)
 
   def _drop_inputs(
     self,

@@ -7,7 +7,7 @@ written in base 256 and its angle is the sum of its digits' angles, so four
 tables of 256 rows, made in float64, serve every int32 position to float32
 precision. They are constants of the compiled step, never parameters.
 
-Letters: T positions, E embedding width, H heads, K head size, R frequencies.
+Letters: T positions, E embedding width, R frequencies.
 """
 
 import jax
@@ -55,29 +55,3 @@ def sinusoidal(positions: jax.Array, width: int) -> jax.Array:
 def rotary_frequencies(num: int, max_wavelength: int) -> np.ndarray:
   """From 1 down to 1 / max_wavelength, both ends included (as published)."""
   return max_wavelength ** -np.linspace(0.0, 1.0, num)
-
-
-def rotate(
-  x_BTHK: jax.Array,
-  circle: tuple[jax.Array, jax.Array],
-  num_heads: int,
-) -> jax.Array:
-  """Rotates channel pairs (r, r + R) of the first `num_heads` heads.
-
-  The published model pairs neighbours (2r, 2r + 1). Halves are the same model
-  with the columns of the query and key projections permuted, and move whole
-  vectors instead of single channels; `tools/import_official.py` permutes.
-
-  Args:
-    x_BTHK: queries or keys.
-    circle: sines and cosines of the angles, [B or 1, T, R] each, R <= K / 2.
-    num_heads: the remaining heads, and channels from 2R on, pass through.
-  """
-  sin, cos = (x[:, :, None, :].astype(x_BTHK.dtype) for x in circle)
-  R = sin.shape[-1]
-  if not R or not num_heads:
-    return x_BTHK
-  heads, rest = x_BTHK[:, :, :num_heads], x_BTHK[:, :, num_heads:]
-  a, b, tail = heads[..., :R], heads[..., R : 2 * R], heads[..., 2 * R :]
-  turned = [a * cos - b * sin, b * cos + a * sin, tail]
-  return jnp.concatenate([jnp.concatenate(turned, -1), rest], 2)

@@ -1,9 +1,9 @@
 """Attention over blocks of keys: memory linear in M, on any device.
 
 A scan over blocks keeps a running maximum, sum and output (Milakov and
-Gimelshein 2018; Rabe and Staats 2021). The backward pass is our own: it
-recomputes each block's probabilities from the log-sum-exp, as flash attention
-does (Dao et al. 2022), so nothing of size N x M is ever held.
+Gimelshein 2018; Rabe and Staats 2021). The backward pass recomputes each
+block's probabilities from the log-sum-exp, as flash attention does (Dao et al.
+2022), so nothing of size N x M is ever held.
 
 Blocks are counted from the last key: the first may be short, so M need not
 divide by the block, and only the blocks that reach into the last N keys
@@ -21,18 +21,6 @@ import jax.numpy as jnp
 from perceiver_ar.ops.masks import Mask, visible
 
 _LOWEST = -1e30
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
-  mask: Mask,
-  block: int,
-) -> jax.Array:
-  """Attention of queries that are scaled already, [B, N, H, K]."""
-  return _forward(q_BNHK, k_BMHK, v_BMHK, mask, block)[0]
 
 
 def _over_blocks(
@@ -82,13 +70,18 @@ def _exp(scores: jax.Array, seen: jax.Array | None) -> jax.Array:
   return probs if seen is None else jnp.where(seen, probs, 0.0)
 
 
-def _forward(
+def forward(
   q_BNHK: jax.Array,
   k_BMHK: jax.Array,
   v_BMHK: jax.Array,
   mask: Mask,
   block: int,
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[jax.Array, jax.Array]:
+  """Outputs [B, N, H, K] of scaled queries, and log-sum-exps [B, H, N].
+
+  A query that sees no key has zeros and the lowest log-sum-exp there is.
+  """
+  block = min(block, k_BMHK.shape[1])
   q_BHNK = q_BNHK.transpose(0, 2, 1, 3)
   B, H, N = q_BHNK.shape[:3]
 
@@ -119,16 +112,34 @@ def _forward(
   safe_BHN1 = jnp.where(sum_BHN1 == 0, 1.0, sum_BHN1)
   lse_BHN1 = max_BHN1 + jnp.log(safe_BHN1)
   out_BNHK = (out_BHNK / safe_BHN1).transpose(0, 2, 1, 3).astype(q_BNHK.dtype)
-  return out_BNHK, (q_BNHK, k_BMHK, v_BMHK, mask, out_BNHK, lse_BHN1)
+  return out_BNHK, lse_BHN1[..., 0]
 
 
-def _backward(
-  block: int, kept: tuple[Any, ...], dout_BNHK: jax.Array
-) -> tuple[Any, ...]:
-  q_BNHK, k_BMHK, v_BMHK, mask, out_BNHK, lse_BHN1 = kept
+def backward(
+  q_BNHK: jax.Array,
+  k_BMHK: jax.Array,
+  v_BMHK: jax.Array,
+  mask: Mask,
+  block: int,
+  lse_BHN: jax.Array,
+  delta_BHN: jax.Array,
+  dout_BNHK: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of queries, keys and values.
+
+  Args:
+    q_BNHK: scaled, like all of the rest as `forward` took it.
+    k_BMHK: keys.
+    v_BMHK: values.
+    mask: which keys a query sees.
+    block: keys per block.
+    lse_BHN: of all keys that the queries see, here or on other devices.
+    delta_BHN: inner products of outputs and their gradients.
+    dout_BNHK: gradients of the outputs.
+  """
+  block = min(block, k_BMHK.shape[1])
+  lse_BHN1, delta_BHN1 = lse_BHN[..., None], delta_BHN[..., None]
   q_BHNK, dout_BHNK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, dout_BNHK))
-  product_BNHK = out_BNHK.astype(jnp.float32) * dout_BNHK
-  delta_BHN1 = product_BNHK.sum(-1).transpose(0, 2, 1)[..., None]
 
   def body(
     carry: Any, first: jax.Array | int, size: int, seen: jax.Array | None
@@ -160,7 +171,4 @@ def _backward(
     mask, q_BNHK.shape[1], k_BMHK.shape[1], block, body, start
   )
   dq_BNHK = dq_BHNK.transpose(0, 2, 1, 3).astype(q_BNHK.dtype)
-  return dq_BNHK, dk_BMHK, dv_BMHK, None
-
-
-attend.defvjp(_forward, _backward)
+  return dq_BNHK, dk_BMHK, dv_BMHK

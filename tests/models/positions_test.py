@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from perceiver_ar.models import positions
+from perceiver_ar.ops import rotation
+from perceiver_ar.ops.rotation import Turn
 
 _FREQUENCIES = positions.rotary_frequencies(5, 8192)
 
@@ -54,8 +56,8 @@ def test_rotary_frequencies_include_both_ends_and_fall_geometrically():
 
 
 def _rotated(x_BTHK, at, num_heads):
-  circle = positions.unit_circle(jnp.asarray(at), _FREQUENCIES)
-  return positions.rotate(x_BTHK, circle, num_heads)
+  turn = Turn(*positions.unit_circle(jnp.asarray(at), _FREQUENCIES))
+  return rotation.rotate(x_BTHK, turn, num_heads)
 
 
 def _vectors(seed):
@@ -97,10 +99,12 @@ def test_scores_of_rotated_vectors_depend_on_differences_only(shift):
 
 def test_nothing_is_rotated_without_frequencies_or_heads():
   x, at = _vectors(0), jnp.arange(6)[None]
-  none = positions.unit_circle(at, positions.rotary_frequencies(0, 8192))
-  assert positions.rotate(x, none, 3) is x
-  some = positions.unit_circle(at, _FREQUENCIES)
-  assert positions.rotate(x, some, 0) is x
+  no_frequencies = positions.rotary_frequencies(0, 8192)
+  none = Turn(*positions.unit_circle(at, no_frequencies))
+  assert rotation.rotate(x, none, 3) is x
+  some = Turn(*positions.unit_circle(at, _FREQUENCIES))
+  assert rotation.rotate(x, some, 0) is x
+  assert rotation.rotate(x, None, 3) is x
 
 
 def test_the_type_of_the_vectors_is_kept():

@@ -52,10 +52,10 @@ def _mask(N, M, names):
 def _run(q, k, v, dout, mask, implementation, block):
   """Values, and the gradients of <dout, values>."""
 
+  kernel = attention.Kernel(implementation, block, interpret=True)
+
   def attend(q, k, v):
-    return attention.attend(
-      q, k, v, mask, implementation=implementation, block=block
-    )
+    return attention.attend(q, k, v, mask, None, kernel)
 
   out, vjp = jax.vjp(attend, q, k, v)
   return out, *vjp(dout)
@@ -139,7 +139,8 @@ def _temporaries(M, backward):
 
   def forward(q, k, v, start):
     mask = Mask(offset=M - 1024, start_B=start)
-    return attention.attend(q, k, v, mask, implementation='chunked', block=1024)
+    kernel = attention.Kernel('chunked', 1024, interpret=False)
+    return attention.attend(q, k, v, mask, None, kernel)
 
   def gradients(q, k, v, start):
     loss = lambda q, k, v: forward(q, k, v, start).sum()

@@ -1,0 +1,1 @@
+"""`plan`: what a run would take on machines that are not there."""

@@ -1,0 +1,101 @@
+"""Counts the multiplications of a traced function, loops and kernels included.
+
+XLA's count takes loops once and kernels not at all; the trace has both, before
+any platform is chosen.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+# How JAX names what it computes again for a backward pass.
+_AGAIN = 'rematted_computation'
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Floating-point operations over all devices, two per multiply-add.
+
+  Attributes:
+    matmul: outside of kernels.
+    kernel: in Pallas kernels, blocks that masks skip included.
+    again: of both, what is computed a second time for the backward pass; what
+      attention computes again by itself is not known.
+  """
+
+  matmul: float
+  kernel: float
+  again: float
+
+  def __add__(self, other: 'Work') -> 'Work':
+    return Work(
+      self.matmul + other.matmul,
+      self.kernel + other.kernel,
+      self.again + other.again,
+    )
+
+  def times(self, n: float) -> 'Work':
+    return Work(n * self.matmul, n * self.kernel, n * self.again)
+
+  @property
+  def total(self) -> float:
+    return self.matmul + self.kernel
+
+
+_NOTHING = Work(0.0, 0.0, 0.0)
+
+
+def count(jaxpr: Any, while_trips: int) -> Work:
+  """The work of a jaxpr.
+
+  Args:
+    jaxpr: of `jitted.trace(...)`.
+    while_trips: of loops whose end is only known when they run.
+  """
+  return _count(jaxpr, while_trips, False)
+
+
+def _count(jaxpr: Any, while_trips: int, is_again: bool) -> Work:
+  total = _NOTHING
+  for equation in jaxpr.eqns:
+    again = is_again or _AGAIN in str(equation.source_info.name_stack)
+    total += _equation(equation, while_trips, again)
+  return total
+
+
+def _equation(equation: Any, while_trips: int, is_again: bool) -> Work:
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    (contracted, _), _ = params['dimension_numbers']
+    shape = equation.invars[0].aval.shape
+    depth = math.prod(shape[i] for i in contracted)
+    work = 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+    return Work(work, 0.0, is_again * work)
+  inner = [_count(sub, while_trips, is_again) for sub in _subjaxprs(params)]
+  if not inner:
+    return _NOTHING
+  if name == 'cond':
+    return max(inner, key=lambda work: work.total)
+  total = sum(inner, _NOTHING)
+  if name == 'scan':
+    return total.times(params['length'])
+  if name == 'while':
+    return total.times(while_trips)
+  if name == 'shard_map':
+    return total.times(params['mesh'].size)  # none of ours leaves axes out
+  if name == 'pallas_call':
+    steps = math.prod(params['grid_mapping'].grid)
+    return Work(0.0, steps * total.total, steps * total.again)
+  return total
+
+
+def _subjaxprs(params: dict[str, Any]) -> Iterator[Any]:
+  for value in params.values():
+    for item in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(item, core.ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, core.Jaxpr):
+        yield item

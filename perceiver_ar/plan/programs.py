@@ -1,0 +1,137 @@
+"""The compiled functions of train, evaluate and sample, with what goes in."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from perceiver_ar import evaluate, flops, partitioning, sample, train_step
+from perceiver_ar.config import Config
+from perceiver_ar.errors import UserError
+from perceiver_ar.models import cache as cache_lib
+from perceiver_ar.models.perceiver_ar import can_cache
+
+COMMANDS = ('train', 'evaluate', 'sample')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """One jitted function as a command runs it.
+
+  Attributes:
+    command: one of `COMMANDS`.
+    function: jitted.
+    args: their shapes and shardings.
+    params: of these, the parameters.
+    model_flops: that the model needs in one call, over all devices.
+    num_tokens: predicted in one call, over all devices.
+  """
+
+  command: str
+  function: Any
+  args: tuple[Any, ...]
+  params: Any
+  model_flops: int
+  num_tokens: int
+
+
+def make_program(command: str, config: Config, mesh: Mesh) -> Program:
+  """Raises UserError if the config does not fit the mesh."""
+  make = {'train': _train, 'evaluate': _evaluate, 'sample': _sample}
+  return make[command](config, mesh)
+
+
+def _train(config: Config, mesh: Mesh) -> Program:
+  train, M = config.train, config.model.context_length
+  partitioning.check_batch(
+    'train.batch_size / train.num_microbatches',
+    train.batch_size // train.num_microbatches,
+    mesh,
+    axes='slice*data',
+  )
+  partitioning.check_context(config.model, 'model.context_length', M, mesh)
+  state = train_step.abstract_state(config, mesh)
+  return Program(
+    command='train',
+    function=train_step.make_train_step(config, mesh),
+    args=(state, _batch(config, train.batch_size, M, mesh)),
+    params=state.params,
+    model_flops=flops.train_flops(config.model) * train.batch_size,
+    num_tokens=train.batch_size * config.model.num_latents,
+  )
+
+
+def _evaluate(config: Config, mesh: Mesh) -> Program:
+  how = config.evaluate
+  partitioning.check_batch(
+    'evaluate.batch_size', how.batch_size, mesh, axes='slice*data'
+  )
+  partitioning.check_context(
+    config.model, 'evaluate.context_length', how.context_length, mesh
+  )
+  params = train_step.abstract_params(config, mesh)
+  batch = _batch(config, how.batch_size, how.context_length, mesh)
+  batch['num_scored'] = _ids(mesh, how.batch_size)
+  needed = flops.forward_flops(
+    config.model,
+    context_length=how.context_length,
+    num_latents=how.num_latents,
+  )
+  return Program(
+    command='evaluate',
+    function=evaluate.make_score(config, mesh),
+    args=(params, batch),
+    params=params,
+    model_flops=needed * how.batch_size,
+    num_tokens=how.batch_size * how.stride,
+  )
+
+
+def _sample(config: Config, mesh: Mesh) -> Program:
+  """A segment: the latents are refilled, and drawn from until N are in use."""
+  how, model = config.sample, config.model
+  partitioning.check_batch(
+    'sample.num_samples', how.num_samples, mesh, axes='slice*data*context'
+  )
+  if not can_cache(model):
+    raise UserError(
+      f'model.position_source {model.position_source} moves the positions of '
+      'all inputs at every token, so sampling has no compiled segment to plan; '
+      'plan evaluate instead'
+    )
+  params = train_step.abstract_params(config, mesh)
+  B, N, R = how.num_samples, how.num_latents, how.refill_latents
+  M = model.context_length
+  cache = jax.eval_shape(lambda: cache_lib.empty(model, B, M, N))
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  tokens_BR = jax.ShapeDtypeStruct((B, R), jnp.int32)
+  positions_BSP = jax.ShapeDtypeStruct(
+    (B, N + 1, len(model.position_sizes)), jnp.int32
+  )
+  drawn = N - R + 1
+  forward = flops.forward_flops(model, context_length=M, num_latents=1)
+  # Keys and values of the inputs are kept: a token projects its own only.
+  kept = 4 * (M - 1) * model.embed_width**2
+  return Program(
+    command='sample',
+    function=sample.make_segment(config, mesh, ()),
+    args=(params, tokens_BR, positions_BSP, cache, count, count),
+    params=params,
+    model_flops=(forward - kept) * B * (R + drawn - 1),
+    num_tokens=B * drawn,
+  )
+
+
+def _batch(
+  config: Config, batch_size: int, context_length: int, mesh: Mesh
+) -> dict[str, Any]:
+  B, M, P = batch_size, context_length, len(config.model.position_sizes)
+  return {'tokens': _ids(mesh, B, M + 1), 'positions': _ids(mesh, B, M, P)}
+
+
+def _ids(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(
+    shape, jnp.int32, sharding=partitioning.batch_sharding(mesh)
+  )

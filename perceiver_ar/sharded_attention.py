@@ -1,0 +1,148 @@
+"""Attention on a mesh: every device with its own rows, heads and inputs.
+
+Kernels know nothing of meshes, and XLA cannot split them, so each call runs
+inside `shard_map`, with what the logical axes of queries and keys mean on the
+mesh of the context. Without one (a model that is only initialised, or scored
+on one device) the kernel is called as it is.
+
+Letters: B batch, N queries, M keys, H heads, K head size.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from perceiver_ar import partitioning
+from perceiver_ar.config import ModelConfig
+from perceiver_ar.ops import attention, context_parallel
+from perceiver_ar.ops.attention import Kernel
+from perceiver_ar.ops.masks import Mask
+from perceiver_ar.ops.rotation import Turn
+
+LATENTS = ('rows', 'latents', 'heads', 'kv')
+INPUTS = ('batch', 'context', 'heads', 'kv')
+
+
+def attend(
+  config: ModelConfig,
+  q_BNHK: jax.Array,
+  k_BMHK: jax.Array,
+  v_BMHK: jax.Array,
+  mask: Mask,
+  turn: Turn | None,
+) -> jax.Array:
+  """Latents to latents; a device has whole rows, or a part of each."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kernel = choose(config, mesh)
+  if mesh.empty:
+    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
+  specs = partitioning.spec(LATENTS)
+
+  def local(
+    q_BNHK: jax.Array,
+    k_BNHK: jax.Array,
+    v_BNHK: jax.Array,
+    mask: Mask,
+    turn: Turn | None,
+  ) -> jax.Array:
+    if axis := specs[1]:
+      k_BNHK, v_BNHK, mask, turn = context_parallel.with_all_keys(
+        k_BNHK, v_BNHK, mask, turn, q_BNHK.shape[1], axis
+      )
+    return attention.attend(q_BNHK, k_BNHK, v_BNHK, mask, turn, kernel)
+
+  return _map(local, specs, specs, q_BNHK, k_BMHK, v_BMHK, mask, turn)
+
+
+def attend_inputs(
+  config: ModelConfig,
+  q_BNHK: jax.Array,
+  k_BMHK: jax.Array,
+  v_BMHK: jax.Array,
+  mask: Mask,
+  turn: Turn | None,
+) -> jax.Array:
+  """Latents to inputs; each device has a part of these, and they stay there."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kernel = choose(config, mesh)
+  if mesh.empty:
+    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
+  queries, keys = partitioning.spec(LATENTS), partitioning.spec(INPUTS)
+
+  def local(
+    q_BNHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    mask: Mask,
+    turn: Turn | None,
+  ) -> jax.Array:
+    arrays = q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel
+    axis = keys[1]
+    if axis is None or mesh.shape[axis] == 1:
+      return attention.attend(*arrays)
+    split = context_parallel.Split(axis, dim=1 if queries[1] else 0)
+    return context_parallel.attend(*arrays, split)
+
+  return _map(local, queries, keys, q_BNHK, k_BMHK, v_BMHK, mask, turn)
+
+
+def attend_cache(
+  config: ModelConfig,
+  q_BNHK: jax.Array,
+  k_BMHK: jax.Array,
+  v_BMHK: jax.Array,
+  mask: Mask,
+) -> jax.Array:
+  """A few queries to a cache of rotated keys: XLA splits it as any matmul."""
+  name = 'reference' if config.attention == 'reference' else 'chunked'
+  kernel = Kernel(name, config.attention_block, interpret=False)
+  return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, None, kernel)
+
+
+def num_input_shards() -> int:
+  """Over how many devices the inputs of a pass are spread."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  axes = [x for entry in partitioning.spec(INPUTS)[:2] for x in _names(entry)]
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def choose(config: ModelConfig, mesh: AbstractMesh) -> Kernel:
+  platform = jax.default_backend()
+  if not mesh.empty and mesh.abstract_device is not None:
+    platform = mesh.abstract_device.platform
+  return attention.choose(
+    config.attention,
+    config.attention_block,
+    platform=platform,
+    dtype=config.dtype,
+  )
+
+
+def _map(
+  local: Callable[..., jax.Array],
+  queries: PartitionSpec,
+  keys: PartitionSpec,
+  q_BNHK: jax.Array,
+  k_BMHK: jax.Array,
+  v_BMHK: jax.Array,
+  mask: Mask,
+  turn: Turn | None,
+) -> jax.Array:
+  # What they have of each row, or of each key of a row, lies with the keys.
+  masks = jax.tree.map(lambda x: PartitionSpec(*keys[: x.ndim]), mask)
+  rows = keys[0] if turn is not None and len(turn.sin) > 1 else None
+  turns = jax.tree.map(lambda _: PartitionSpec(rows, keys[1]), turn)
+  return jax.shard_map(
+    local,
+    in_specs=(queries, keys, keys, masks, turns),
+    out_specs=queries,
+    check_vma=False,
+  )(q_BNHK, k_BMHK, v_BMHK, mask, turn)

@@ -1,0 +1,106 @@
+"""What saves memory or work leaves losses and gradients as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from steps import LENGTHS, assert_close, config_on, gradients, place
+from tiny import make_batch, make_config
+
+from perceiver_ar import partitioning, train_step
+from perceiver_ar.errors import UserError
+
+_PLAIN = {'model.token_table': 'never'}
+_MESH = {'data': 2, 'context': 2, 'model': 2}
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'changes'),
+  [
+    ({}, {'model.token_table': 'always'}),
+    (_MESH, {'model.token_table': 'always'}),
+    ({}, {'model.logits_block': 3}),
+    (_MESH, {'model.logits_block': 2}),
+    ({}, {'model.remat': 'attention'}),
+    ({}, {'model.remat': 'offload'}),
+  ],
+  ids=str,
+)
+def test_gradients_stay_as_they_are(mesh, changes):
+  sums, grads, _ = gradients(config_on(mesh, **_PLAIN | changes))
+  plain_sums, plain_grads, _ = gradients(config_on({}, **_PLAIN))
+  assert_close(sums, plain_sums)
+  assert_close(grads, plain_grads)
+
+
+def test_a_table_computes_keys_and_values_once_per_token():
+  has = {}
+  for choice in ('always', 'never'):
+    config = config_on({}, **{'model.token_table': choice})
+    _, _, has[choice] = gradients(config)
+  projection = lambda rows: f'tensor<{rows}x16xf32>, tensor<16x16xf32>'
+  assert projection('1x31') in has['always']
+  assert projection('8x24') not in has['always']
+  assert projection('8x24') in has['never']
+
+
+def test_auto_takes_the_table_where_a_device_has_more_inputs_than_tokens():
+  # 8 rows of 24 inputs, against 31 tokens.
+  for mesh, choice in (({}, 'always'), ({'data': 4}, 'always')):
+    _, _, text = gradients(config_on(mesh))
+    _, _, same = gradients(config_on(mesh, **{'model.token_table': choice}))
+    assert text == same
+  _, _, text = gradients(config_on({'data': 8}))
+  _, _, same = gradients(config_on({'data': 8}, **_PLAIN))
+  assert text == same
+
+
+def test_a_table_needs_embeddings_without_positions():
+  with pytest.raises(UserError) as error:
+    make_config(
+      {'model.position_encoding': 'sinusoidal', 'model.token_table': 'always'}
+    )
+  assert 'model.token_table' in str(error.value)
+  assert 'sinusoidal' in str(error.value)
+
+
+def _after_a_step(changes):
+  config = config_on({}, **{'optimizer.learning_rate': 0.01} | changes)
+  mesh, state = place(config)
+  batch = make_batch(config.model, LENGTHS)
+  step = train_step.make_train_step(config, mesh)
+  for _ in range(2):
+    state, _ = step(state, partitioning.global_batch(batch, mesh))
+  return state
+
+
+def test_moments_in_host_memory_give_the_same_bits():
+  here, away = (
+    _after_a_step({'optimizer.offload': offload}) for offload in (False, True)
+  )
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state)}
+  assert kinds == {'pinned_host'}
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.params)}
+  assert kinds == {'device'}
+  for a, b in zip(*map(jax.tree.leaves, (here, away)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_types_of_parameters_and_moments_are_what_the_config_says():
+  state = _after_a_step(
+    {'model.param_dtype': 'bfloat16', 'optimizer.momentum_dtype': 'bfloat16'}
+  )
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {
+    jnp.dtype('bfloat16')
+  }
+  adam = state.opt_state[1]
+  assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype('bfloat16')}
+  # Squares of gradients decay too slowly for eight bits.
+  assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype('float32')}
+  plain = _after_a_step({})
+  for a, b in zip(
+    *(jax.tree.leaves(s.params) for s in (state, plain)), strict=True
+  ):
+    np.testing.assert_allclose(
+      np.asarray(a, np.float32), b, rtol=0.02, atol=0.02
+    )

@@ -1,0 +1,131 @@
+"""Attention with its keys over devices equals attention with them on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from perceiver_ar.ops import attention, context_parallel
+from perceiver_ar.ops.attention import Kernel
+from perceiver_ar.ops.masks import Mask
+
+_B, _N, _M, _H, _K = 8, 8, 24, 2, 4
+_CHUNKED = Kernel('chunked', 5, interpret=True)
+
+
+def _arrays(seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = [(_B, _N, _H, _K), *[(_B, _M, _H, _K)] * 2, (_B, _N, _H, _K)]
+  return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+def _mask(names):
+  """Whole rows, short ones, one that begins among the latents, and none."""
+  rng = np.random.default_rng(1)
+  fields, offset = {}, _M - _N
+  if 'start' in names:
+    fields['start_B'] = jnp.asarray([0, 3, 0, 11, 20, 0, _M, 7], jnp.int32)
+  if 'kept' in names:
+    fields['kept_BM'] = jnp.asarray(rng.random((_B, _M)) < 0.5)
+  if 'slots' in names:
+    slots = rng.permuted(np.tile(np.arange(2 * _M), (_B, 1)), axis=1)[:, :_M]
+    fields['slots_BM'] = jnp.asarray(np.sort(slots, 1), jnp.int32)
+    offset = 2 * _M - _N
+  return Mask(offset=offset, **fields)
+
+
+def _gradients(attend, arrays):
+  *qkv, dout = arrays
+  out, vjp = jax.vjp(attend, *qkv)
+  return out, *vjp(dout)
+
+
+def _assert_close(got, want, **tolerance):
+  for name, a, b in zip(('out', 'dq', 'dk', 'dv'), got, want, strict=True):
+    assert np.isfinite(a).all(), name
+    np.testing.assert_allclose(a, b, **tolerance, err_msg=name)
+
+
+def _sharded(mask, kernel, dim, num):
+  """`context_parallel.attend` on `num` devices, of whole arrays."""
+  mesh = Mesh(
+    np.array(jax.devices()[: 2 * num]).reshape(2, num),
+    ('data', 'context'),
+    axis_types=(AxisType.Auto,) * 2,
+  )
+  queries = [
+    PartitionSpec(('data', 'context')),
+    PartitionSpec('data', 'context'),
+  ][dim]
+  keys = PartitionSpec('data', 'context')
+  split = context_parallel.Split('context', dim)
+  return jax.jit(
+    jax.shard_map(
+      lambda q, k, v, m: context_parallel.attend(
+        q, k, v, m, None, kernel, split
+      ),
+      mesh=mesh,
+      in_specs=(
+        *(queries, keys, keys),
+        jax.tree.map(lambda x: PartitionSpec(*keys[: x.ndim]), mask),
+      ),
+      out_specs=queries,
+      check_vma=False,
+    )
+  )
+
+
+@pytest.mark.parametrize('names', ['', 'start', 'kept', 'start kept slots'])
+@pytest.mark.parametrize(('dim', 'num'), [(0, 4), (1, 4), (0, 2)])
+def test_parts_merge_to_the_whole_in_values_and_gradients(names, dim, num):
+  arrays, mask = _arrays(), _mask(names)
+  run = _sharded(mask, _CHUNKED, dim, num)
+  got = _gradients(lambda q, k, v: run(q, k, v, mask), arrays)
+  plain = Kernel('reference', 1, interpret=True)
+  want = _gradients(
+    lambda q, k, v: attention.attend(q, k, v, mask, None, plain), arrays
+  )
+  _assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_anywhere_gets_zeros():
+  mask = _mask('start')
+  run = _sharded(mask, _CHUNKED, 0, 4)
+  q, k, v, dout = _arrays()
+  out, dq, dk, dv = _gradients(
+    lambda q, k, v: run(q, k, v, mask), (q, k, v, dout)
+  )
+  for x in (out[6], dq[6], dk[6], dv[6], out[4, :4], dq[4, :4]):
+    assert not np.asarray(x).any()
+
+
+def test_scores_too_large_for_exp_merge_to_the_whole():
+  q, k, v, dout = _arrays()
+  mask = _mask('start')
+  run = _sharded(mask, _CHUNKED, 0, 4)
+  arrays = (q * 100, k * 100, v, dout)
+  got = _gradients(lambda q, k, v: run(q, k, v, mask), arrays)
+  plain = Kernel('chunked', 64, interpret=True)
+  want = _gradients(
+    lambda q, k, v: attention.attend(q, k, v, mask, None, plain), arrays
+  )
+  _assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_no_key_or_value_crosses_the_axis():
+  mask = _mask('start')
+  run = _sharded(mask, _CHUNKED, 0, 4)
+  arrays = _arrays()
+  loss = lambda q, k, v: (run(q, k, v, mask) ** 2).sum()
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays[:3]).as_text()
+  moved = [
+    line.split(':', 1)[1]
+    for line in text.splitlines()
+    if any(f'stablehlo.{x}' in line for x in ('all_gather', 'reduce_scatter'))
+    or 'all_to_all' in line
+  ]
+  assert moved
+  # A device has 6 keys of 4 rows: no array that moves is as large as that.
+  for line in moved:
+    assert f'x{_M // 4}x{_H}x{_K}x' not in line, line

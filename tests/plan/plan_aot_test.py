@@ -1,0 +1,91 @@
+"""The train step, kernels included, compiles for TPUs that are not here."""
+
+import pytest
+from tiny import make_config
+
+from perceiver_ar.plan import page, plans
+from perceiver_ar.plan.machine import open_machine
+
+pytest.importorskip('libtpu')
+
+_CONFIG = make_config(
+  {
+    'model.vocab_size': 259,
+    'model.context_length': 2048,
+    'model.num_latents': 256,
+    'model.num_layers': 3,
+    'model.width': 256,
+    'model.mlp_width': 1024,
+    'model.cross_mlp_width': 1024,
+    'model.dtype': 'bfloat16',
+    'model.attention': 'flash',
+    'model.remat': 'attention',
+    'train.batch_size': 16,
+    'mesh.model': 2,
+    'evaluate.batch_size': 8,
+    'sample.num_samples': 8,
+  }
+)
+_GRIDS = {'v4': '2x2x1', 'v5e': '2x2', 'v5p': '2x2x1', 'v6e': '2x2'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_slices', [1, 2])
+@pytest.mark.parametrize('chip', _GRIDS)
+def test_the_step_is_planned_for_every_chip(chip, num_slices):
+  machine = open_machine(f'{chip}:{_GRIDS[chip]}', num_slices)
+  assert len(machine.devices) == 4 * num_slices
+  plan = plans.make_plan(_CONFIG, machine, 'train', machine.chip.usable_bytes)
+  assert plan.fits
+  sizes = plan.bytes_per_chip
+  assert sum(sizes.values()) == pytest.approx(plan.needed_bytes, rel=0.02)
+  assert sizes['optimizer_state'] == pytest.approx(
+    2 * sizes['parameters'], rel=0.05
+  )
+  # What a layer takes in, and what its attention gives.
+  kept = 3 * 16 // (2 * num_slices) * 256 * 256 * 2
+  assert kept <= sizes['activations'] <= 3 * kept
+  assert plan.assumed_trips is None
+  assert all(seconds > 0 for seconds in plan.seconds.values())
+  networks = {row.axis for row in plan.collectives if row.network == 'dcn'}
+  assert networks == ({'slice'} if num_slices > 1 else set())
+  gathers = [
+    row.count
+    for row in plan.collectives
+    if (row.kind, row.axis, row.phase) == ('all-gather', 'data', 'latent')
+  ]
+  assert sum(gathers) >= 2 * 3 * 6  # both ways, weights of every layer
+  assert 'attention kernel' in page.render(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['evaluate', 'sample'])
+def test_evaluation_and_sampling_are_planned_too(command):
+  machine = open_machine('v5e:2x2', 1)
+  plan = plans.make_plan(_CONFIG, machine, command, machine.chip.usable_bytes)
+  assert plan.fits
+  assert sum(plan.bytes_per_chip.values()) == pytest.approx(
+    plan.needed_bytes, rel=0.02
+  )
+
+
+@pytest.mark.slow
+def test_a_step_that_the_compiler_refuses_does_not_fit():
+  machine = open_machine('v5e:2x2', 1)
+  usable = machine.chip.usable_bytes
+  config = make_config(
+    {
+      'model.context_length': 4096,
+      'model.num_latents': 4096,
+      'model.num_layers': 2,
+      'model.attention': 'reference',
+      'model.num_cross_heads': 16,
+      'model.num_self_heads': 16,
+      'train.batch_size': 16,
+    }
+  )
+  plan = plans.make_plan(config, machine, 'train', usable)
+  assert not plan.fits
+  assert plan.needed_bytes > usable
+  assert plan.bytes_per_chip['temporaries'] > plan.needed_bytes // 2
+  assert 'DOES NOT FIT' in page.render(plan)

@@ -1,0 +1,243 @@
+"""A plan on eight simulated devices says what the compiler does."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from runs import compiled_once
+from tiny import make_batch, make_config
+
+from perceiver_ar import flops, partitioning, train_step
+from perceiver_ar.errors import UserError
+from perceiver_ar.plan import advice, counting, page, plans
+from perceiver_ar.plan.machine import open_machine
+
+__all__ = ['compiled_once']
+
+# No size divides or equals another by accident.
+_CONFIG = make_config(
+  {
+    'model.num_layers': 3,
+    'model.num_latents': 12,
+    'model.attention': 'reference',
+    'model.remat': 'full',
+    'mesh.model': 2,
+    'evaluate.batch_size': 8,
+    'sample.num_samples': 8,
+  }
+)
+_KEYS = {
+  'fits',
+  'hbm_bytes',
+  'bytes_per_chip',
+  'model_flops',
+  'collectives',
+  'seconds',
+  'predicted_mfu',
+  'num_parameters',
+  'compile_seconds',
+}
+
+
+@pytest.fixture(scope='module')
+def machine():
+  return open_machine('cpu:8', 1)
+
+
+@pytest.fixture(scope='module')
+def kept_more(machine):
+  config = advice.apply(_CONFIG, {'model.remat': 'dots'})
+  return plans.make_plan(config, machine, 'train', 2**30)
+
+
+@pytest.fixture(scope='module')
+def trained(machine):
+  return plans.make_plan(_CONFIG, machine, 'train', 2**30)
+
+
+def test_the_classes_of_memory_are_all_that_xla_needs(trained):
+  sizes = trained.bytes_per_chip
+  assert sum(sizes.values()) == pytest.approx(trained.needed_bytes, rel=0.02)
+  # Adam has two moments for each parameter.
+  assert sizes['optimizer_state'] == pytest.approx(
+    2 * sizes['parameters'], rel=0.05
+  )
+  assert sizes['gradients'] == sizes['parameters']
+  assert sizes['batch'] >= 4 * 2 * (25 + 24)  # 2 rows of tokens and positions
+
+
+def test_what_the_layers_keep_is_known(trained, kept_more):
+  model = _CONFIG.model
+  rows = _CONFIG.train.batch_size // 4
+  kept = model.num_layers * rows * model.num_latents * model.width * 4
+  assert trained.bytes_per_chip['activations'] == kept
+  # Queries, keys, values and the MLP's hidden layer, among others.
+  assert kept_more.bytes_per_chip['activations'] > 3 * kept
+
+
+def test_a_plan_as_json_has_the_keys_that_scripts_rely_on(trained):
+  report = json.loads(json.dumps(trained.to_dict(), allow_nan=False))
+  assert report.keys() >= _KEYS
+  row = report['collectives'][0]
+  assert row.keys() >= {'kind', 'axis', 'bytes', 'count', 'phase'}
+  seconds = report['seconds']
+  assert seconds['total'] == pytest.approx(
+    sum(v for k, v in seconds.items() if k != 'total')
+  )
+  assert report['model_flops'] == 8 * flops.train_flops(_CONFIG.model)
+  assert 0 < report['predicted_mfu'] < 1
+
+
+def test_recomputation_shows_as_work_that_the_model_does_not_need(trained):
+  model = _CONFIG.model
+  layer = dataclasses.replace(model, num_layers=1), model
+  one, three = (
+    flops.forward_flops(m, context_length=24, num_latents=12) for m in layer
+  )
+  layers = 8 * (three - one) * 3 // 2
+  # What nothing depends on is left out: a layer's last matmul.
+  last = 8 * 3 * 2 * 12 * model.mlp_width * model.width
+  assert trained.recomputed_flops == layers - last
+
+
+def test_the_page_names_every_class_axis_and_assumption(trained):
+  text = page.render(trained)
+  for words in (
+    'optimizer state',
+    'fits',
+    'all-gather',
+    'data (ici)',
+    'latent',
+    'of the peak',
+    'Assumed',
+  ):
+    assert words in text, text
+  assert max(map(len, text.splitlines())) <= 80
+
+
+def test_parameters_are_gathered_in_the_loop_over_layers(trained):
+  gathers = [
+    row
+    for row in trained.collectives
+    if (row.kind, row.axis, row.phase) == ('all-gather', 'data', 'latent')
+  ]
+  assert sum(row.count for row in gathers) >= 3 * 6
+
+
+def test_what_does_not_fit_is_given_a_change_that_does(
+  trained, kept_more, machine
+):
+  room = (trained.needed_bytes + kept_more.needed_bytes) // 2
+  plan = dataclasses.replace(kept_more, hbm_bytes=room, fits=False)
+  change = advice.smallest_change(plan.config, machine, plan)
+  assert change is not None
+  changes, other = change
+  assert changes == {'model.remat': 'attention'}
+  assert other.fits
+  assert other.needed_bytes <= room
+  text = page.render_change(plan, change)
+  assert '--config.model.remat=attention' in text
+  assert 'does not fit' in text
+
+
+def fake_plans(monkeypatch, trained, needed):
+  """Plans whose bytes are a function of the config; nothing is compiled."""
+  seen = []
+
+  def make(config, machine, command, hbm_bytes):
+    seen.append(config)
+    fits = needed(config) <= hbm_bytes
+    return dataclasses.replace(
+      trained, config=config, needed_bytes=needed(config), fits=fits
+    )
+
+  monkeypatch.setattr(plans, 'make_plan', make)
+  return seen
+
+
+def test_the_batch_is_computed_in_parts_before_axes_change(
+  monkeypatch, trained, machine
+):
+  def needed(config):
+    return 2**20 // config.train.num_microbatches
+
+  config = advice.apply(_CONFIG, {'train.batch_size': 64})
+  fake_plans(monkeypatch, trained, needed)
+  plan = dataclasses.replace(
+    trained, config=config, needed_bytes=2**20, hbm_bytes=2**18, fits=False
+  )
+  change = advice.smallest_change(config, machine, plan)
+  assert change is not None
+  assert change[0] == {'train.num_microbatches': 4}
+
+
+def test_nothing_is_compiled_where_the_state_alone_does_not_fit(
+  monkeypatch, trained, machine
+):
+  seen = fake_plans(monkeypatch, trained, lambda config: 2**20)
+  plan = dataclasses.replace(trained, hbm_bytes=100, fits=False)
+  assert advice.smallest_change(_CONFIG, machine, plan) is None
+  assert not seen
+  assert 'No change' in page.render_change(plan, None)
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'sample'])
+def test_what_runs_after_training_is_planned_too(command, machine):
+  plan = plans.make_plan(_CONFIG, machine, command, 2**30)
+  sizes = plan.bytes_per_chip
+  assert plan.fits
+  assert sum(sizes.values()) == pytest.approx(plan.needed_bytes, rel=0.02)
+  assert not sizes['optimizer_state']
+  assert not sizes['gradients']
+  assert bool(sizes['cache']) == (command == 'sample')
+  assert plan.model_flops > 0
+
+
+def test_a_sweep_has_a_line_for_every_layout(monkeypatch, trained, machine):
+  fake_plans(monkeypatch, trained, lambda config: 2**20)
+  rows = advice.sweep(_CONFIG, machine, 'train', 2**30)
+  text = page.render_sweep(rows)
+  assert len(text.splitlines()) == len(rows) + 1
+  layouts = [tuple(sorted(changes.items())) for changes, _ in rows]
+  assert len(set(layouts)) == len(rows) >= 4
+  json.dumps(page.sweep_to_dicts(rows), allow_nan=False)
+
+
+def test_a_layout_that_is_refused_says_why_in_its_line(machine):
+  config = advice.apply(_CONFIG, {'train.batch_size': 6})
+  rows = advice.sweep(config, machine, 'train', 2**30)
+  assert 'train.batch_size' in page.render_sweep(rows[:1])
+
+
+def test_the_fitting_step_is_the_step(machine):
+  mesh = partitioning.make_mesh(_CONFIG.mesh, machine.devices)
+  step = plans.fitting_step(_CONFIG, mesh)
+  state = train_step.init_state(_CONFIG, mesh)
+  batch = make_batch(_CONFIG.model, [24] * 8)
+  state, sums = step(state, partitioning.global_batch(batch, mesh))
+  assert int(state.step) == 1
+  assert float(sums['loss']) > 0
+
+
+def test_slices_need_an_axis_of_their_own(monkeypatch, machine):
+  two = dataclasses.replace(machine, num_slices=2)
+  four = advice.apply(_CONFIG, {'mesh.slice': 4})
+  with pytest.raises(UserError, match='--num_slices=2'):
+    plans.make_plan(four, two, 'train', 2**30)
+  assert plans.least_bytes(_CONFIG, two, 'train') > plans.least_bytes(
+    _CONFIG, machine, 'train'
+  )
+
+
+def test_loops_and_branches_are_counted_as_they_run():
+  def function(x):
+    def body(y, _):
+      return jax.lax.cond(y[0, 0] > 0, lambda z: z @ z, lambda z: z, y), None
+
+    x = jax.lax.scan(body, x, length=7)[0]
+    return jax.lax.while_loop(lambda y: y[0, 0] < 1, lambda y: y @ y, x)
+
+  traced = jax.jit(function).trace(jax.ShapeDtypeStruct((4, 4), 'float32'))
+  work = counting.count(traced.jaxpr.jaxpr, while_trips=3)
+  assert work == counting.Work(10 * 2 * 4**3, 0, 0)

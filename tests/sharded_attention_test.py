@@ -1,0 +1,79 @@
+"""Inputs lie over the context axis; what comes after them does not know it."""
+
+import pytest
+from steps import config_on, global_batch, place
+
+from perceiver_ar import chips, train_step
+from perceiver_ar.errors import UserError
+from perceiver_ar.ops import attention
+from perceiver_ar.plan import collectives
+from perceiver_ar.plan.hlo import Module
+
+
+def _sent(mesh, **changes):
+  """The collectives of a training step, compiled for 8 devices."""
+  config = config_on(mesh, **changes)
+  where, state = place(config)
+  step = train_step.make_train_step(config, where)
+  compiled = step.lower(state, global_batch(config, where)).compile()
+  module = Module(compiled.as_text())
+  layers = config.model.num_layers
+  return collectives.collect(module, where, chips.cpu(2**30), layers)
+
+
+def test_the_latent_phase_sends_nothing_over_context_but_gradients():
+  rows = _sent({'data': 2, 'context': 4}, **{'model.scan_unroll': 1})
+  over_context = [row for row in rows if 'context' in row.axis]
+  phases = {row.phase for row in over_context}
+  assert {'input', 'gradient'} <= phases
+  assert 'latent' not in phases
+
+
+def test_too_few_rows_split_the_latents_and_gather_their_keys():
+  changes = {'train.num_microbatches': 2, 'model.scan_unroll': 1}
+  rows = _sent({'context': 8}, **changes)
+  gathers = [r for r in rows if r.phase == 'latent' and r.axis == 'context']
+  assert gathers
+
+
+def test_what_crosses_context_does_not_grow_with_the_inputs():
+  sent = []
+  for M in (24, 96):
+    rows = _sent(
+      {'context': 8}, **{'model.context_length': M, 'model.num_latents': 8}
+    )
+    sent.append(sum(r.bytes for r in rows if 'context' in r.axis))
+  # But for the ids of inputs, four bytes each.
+  assert sent[1] - sent[0] < 4 * 8 * (96 - 24)
+
+
+@pytest.mark.parametrize(
+  ('name', 'platform', 'dtype', 'found'),
+  [
+    ('auto', 'tpu', 'float32', 'flash'),
+    ('auto', 'gpu', 'bfloat16', 'cudnn'),
+    ('auto', 'gpu', 'float32', 'chunked'),
+    ('auto', 'cpu', 'float32', 'chunked'),
+    ('chunked', 'tpu', 'bfloat16', 'chunked'),
+    ('reference', 'gpu', 'bfloat16', 'reference'),
+  ],
+)
+def test_auto_takes_what_the_platform_has(name, platform, dtype, found):
+  kernel = attention.choose(name, 5, platform=platform, dtype=dtype)
+  assert kernel.name == found
+
+
+@pytest.mark.parametrize(
+  ('name', 'platform', 'dtype'),
+  [
+    ('cudnn', 'cpu', 'bfloat16'),
+    ('cudnn', 'tpu', 'bfloat16'),
+    ('cudnn', 'gpu', 'float32'),
+    ('flash', 'gpu', 'bfloat16'),
+  ],
+)
+def test_an_implementation_is_never_replaced_in_silence(name, platform, dtype):
+  with pytest.raises(UserError) as error:
+    attention.choose(name, 5, platform=platform, dtype=dtype)
+  for word in ('model.attention', name, platform, 'auto'):
+    assert word in str(error.value)
