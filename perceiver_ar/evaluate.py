@@ -93,6 +93,7 @@ class Evaluator:
     partitioning.check_context(
       config.model, 'evaluate.context_length', how.context_length, mesh
     )
+    partitioning.latent_axes(mesh, how.batch_size, how.num_latents)
     if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
       _check_endless(how.max_examples)
     lengths = documents.num_tokens

@@ -219,17 +219,8 @@ def _run_config(
 
   raw = workdir.read_config(args.workdir)
   config = config_files.resolve(rest, raw)
-  model = config_lib.resolve(raw).model
-  if config.model != model:
-    lines = [
-      f'model.{key}: {was!r} -> {now!r}'
-      for (key, was), now in zip(
-        dataclasses.asdict(model).items(),
-        dataclasses.asdict(config.model).values(),
-        strict=True,
-      )
-      if was != now
-    ]
+  changes = config_lib.differences(config_lib.resolve(raw), config)
+  if lines := [line for line in changes if line.startswith('model.')]:
     raise UserError(
       f'{args.workdir} holds another model: {"; ".join(lines)}; leave out '
       "--config to use the run's own"

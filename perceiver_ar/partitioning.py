@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from perceiver_ar.config import MESH_AXES, MeshConfig, ModelConfig
 from perceiver_ar.errors import UserError
+from perceiver_ar.ops import attention
 
 BATCH_AXES = ('slice', 'data')
 
@@ -141,7 +142,8 @@ def latent_axes(
   raise UserError(
     f'mesh.context {context} divides neither the {num_rows} rows of a pass, '
     f'split {ways} ways by slice and data already, nor {num_latents} latents; '
-    'change train.batch_size, train.num_microbatches or the mesh'
+    'change the batch size (evaluate.batch_size; train.batch_size / '
+    'train.num_microbatches), the latents or the mesh'
   )
 
 
@@ -330,10 +332,17 @@ def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
         f'{name} {inputs} is not divisible by mesh.context {context}; use a '
         f'multiple of {context}, or a smaller context axis'
       )
-  if context > 1 and model.attention in ('reference', 'cudnn'):
+  kernel = attention.choose(
+    model.attention,
+    model.attention_block,
+    platform=mesh.devices.flat[0].platform,
+    dtype=model.dtype,
+    head_size=model.embed_width // model.num_cross_heads,
+  )
+  if context > 1 and not kernel.can_split_keys:
     raise UserError(
-      f'model.attention {model.attention} cannot split its inputs over '
-      f'mesh.context {context}; use chunked, or flash on TPU'
+      f'{kernel.name} attention cannot split its inputs over mesh.context '
+      f'{context}; set model.attention to chunked, or to flash on TPU'
     )
 
 

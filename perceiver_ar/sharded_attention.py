@@ -35,7 +35,7 @@ def attend(
 ) -> jax.Array:
   """Latents to latents; a device has whole rows, or a part of each."""
   mesh = jax.sharding.get_abstract_mesh()
-  kernel = choose(config, mesh)
+  kernel = choose(config, mesh, q_BNHK.shape[-1])
   if mesh.empty:
     return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
   specs = partitioning.spec(LATENTS)
@@ -66,7 +66,7 @@ def attend_inputs(
 ) -> jax.Array:
   """Latents to inputs; each device has a part of these, and they stay there."""
   mesh = jax.sharding.get_abstract_mesh()
-  kernel = choose(config, mesh)
+  kernel = choose(config, mesh, q_BNHK.shape[-1])
   if mesh.empty:
     return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
   queries, keys = partitioning.spec(LATENTS), partitioning.spec(INPUTS)
@@ -114,7 +114,7 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def choose(config: ModelConfig, mesh: AbstractMesh) -> Kernel:
+def choose(config: ModelConfig, mesh: AbstractMesh, head_size: int) -> Kernel:
   platform = jax.default_backend()
   if not mesh.empty and mesh.abstract_device is not None:
     platform = mesh.abstract_device.platform
@@ -123,6 +123,7 @@ def choose(config: ModelConfig, mesh: AbstractMesh) -> Kernel:
     config.attention_block,
     platform=platform,
     dtype=config.dtype,
+    head_size=head_size,
   )
 
 

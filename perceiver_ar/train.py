@@ -172,7 +172,6 @@ class _Loop:
     writer: metrics.Writer,
   ) -> int:
     num_steps = self._config.train.num_steps
-    train_step = self._make_step()
     self._writer, self._clock = writer, time.monotonic()
     with (
       Progress(
@@ -186,19 +185,20 @@ class _Loop:
     ):
       for step in range(first_step, num_steps):
         batch = next(batches)
-        state, sums = train_step(
-          state, partitioning.global_batch(batch, self._mesh)
-        )
+        placed = partitioning.global_batch(batch, self._mesh)
+        if step == first_step:
+          train_step = self._make_step(placed)
+        state, sums = train_step(state, placed)
         self._record()
         self._pending = step, _digest(batch), sums
         if self._after(step + 1, state):
           break
     return self._end(step + 1)
 
-  def _make_step(self) -> Any:
+  def _make_step(self, batch: dict[str, Any]) -> Any:
     is_tpu = self._mesh.devices.flat[0].platform == 'tpu'
     if is_tpu and self._config.train.check_memory:
-      return plans.fitting_step(self._config, self._mesh)
+      return plans.fitting_step(self._config, self._mesh, batch)
     return train_step_lib.make_train_step(self._config, self._mesh)
 
   def _after(self, step: int, state: TrainState) -> bool:
@@ -315,11 +315,18 @@ def _announce(
   device = mesh.devices.flat[0]
   axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
   model = config.model
-  kernel = sharded_attention.choose(model, mesh.abstract_mesh)
+  sizes = (
+    model.embed_width // model.num_cross_heads,
+    model.width // model.num_self_heads,
+  )
+  kernels = dict.fromkeys(
+    sharded_attention.choose(model, mesh.abstract_mesh, size).name
+    for size in sizes
+  )
   print(
     f'{mesh.size} x {device.device_kind}'
     + (f' ({axes})' if axes else '')
-    + f'; {num:,} parameters; {kernel.name} attention, {model.dtype}'
+    + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
   )
   if config.data.kind != 'copy':  # whose documents have no end
     tokens = int(documents.num_tokens.sum())

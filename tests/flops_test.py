@@ -25,6 +25,7 @@ _WIDE = make_model(
   mlp_width=1152,
   scan_unroll=3,  # XLA counts the body of a loop once
   attention='reference',
+  token_table='never',
 )
 
 

@@ -9,6 +9,7 @@ from tiny import make_batch, make_config
 
 from perceiver_ar import partitioning, train_step
 from perceiver_ar.errors import UserError
+from perceiver_ar.models import layers
 
 _PLAIN = {'model.token_table': 'never'}
 _MESH = {'data': 2, 'context': 2, 'model': 2}
@@ -42,6 +43,16 @@ def test_a_table_computes_keys_and_values_once_per_token():
   assert projection('1x31') in has['always']
   assert projection('8x24') not in has['always']
   assert projection('8x24') in has['never']
+
+
+def test_gradients_of_a_frequent_token_are_summed_in_float32():
+  ids = jnp.full((4, 1000), 1, jnp.int32)
+  table = jnp.zeros((3, 2), jnp.bfloat16)
+  found = jax.grad(lambda x: layers.rows(x, ids).astype(jnp.float32).sum())(
+    table
+  )
+  np.testing.assert_allclose(found[1].astype(jnp.float32), 4000, rtol=0.01)
+  assert not found[0].any() and found.dtype == jnp.bfloat16
 
 
 def test_auto_takes_the_table_where_a_device_has_more_inputs_than_tokens():

@@ -59,8 +59,16 @@ def test_what_crosses_context_does_not_grow_with_the_inputs():
   ],
 )
 def test_auto_takes_what_the_platform_has(name, platform, dtype, found):
-  kernel = attention.choose(name, 5, platform=platform, dtype=dtype)
-  assert kernel.name == found
+  where = {'platform': platform, 'dtype': dtype}
+  assert attention.choose(name, 5, **where, head_size=64).name == found
+
+
+@pytest.mark.parametrize('head_size', [1024, 12])
+def test_auto_does_not_take_what_cudnn_refuses(head_size):
+  where = {'platform': 'gpu', 'dtype': 'bfloat16', 'head_size': head_size}
+  assert attention.choose('auto', 5, **where).name == 'chunked'
+  with pytest.raises(UserError, match=str(head_size)):
+    attention.choose('cudnn', 5, **where)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,6 @@ def test_auto_takes_what_the_platform_has(name, platform, dtype, found):
 )
 def test_an_implementation_is_never_replaced_in_silence(name, platform, dtype):
   with pytest.raises(UserError) as error:
-    attention.choose(name, 5, platform=platform, dtype=dtype)
+    attention.choose(name, 5, platform=platform, dtype=dtype, head_size=64)
   for word in ('model.attention', name, platform, 'auto'):
     assert word in str(error.value)

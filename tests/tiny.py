@@ -55,6 +55,7 @@ POSITIONS = {
   'rotary': {},
   'rotary_from_end': {'position_source': 'from_end'},
   'rotary_from_end_negated': {'position_source': 'from_end_negated'},
+  'rotary_half_heads': {'rotary_head_fraction': 0.5},
   'sinusoidal': {'position_encoding': 'sinusoidal'},
   'sinusoidal_from_end': {
     'position_encoding': 'sinusoidal',

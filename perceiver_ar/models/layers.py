@@ -1,6 +1,6 @@
 """The blocks of Perceiver AR: pre-norm attention and MLP, with residuals.
 
-Parameters are float32 and carry logical axis names; compute is of the
+Parameters carry logical axis names; compute is of the
 configured type. Dropout is on exactly when a 'dropout' key is given.
 
 Letters: B batch, N queries, M keys, D width, E embedding width, H heads,
@@ -107,11 +107,36 @@ def latents(z_BND: jax.Array) -> jax.Array:
   return constrain(z_BND, ('rows', 'latents', 'embed'))
 
 
-def rows(table: jax.Array, ids_BM: jax.Array) -> jax.Array:
-  """Rows of a table; an id outside of it shows as NaN, not as another id."""
-  return table.at[ids_BM].get(
+@jax.custom_vjp
+def rows(table_VF: jax.Array, ids_BM: jax.Array) -> jax.Array:
+  """Rows of a table; an id outside of it shows as NaN, not as another id.
+
+  Gradients are summed in float32 whatever the table is in: a token may occur
+  thousands of times, and bfloat16 cannot count to 257.
+  """
+  return table_VF.at[ids_BM].get(
     mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
   )
+
+
+def _rows_forward(
+  table_VF: jax.Array, ids_BM: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return rows(table_VF, ids_BM), (table_VF, ids_BM)
+
+
+def _rows_backward(
+  kept: tuple[jax.Array, jax.Array], d_BMF: jax.Array
+) -> tuple[jax.Array, None]:
+  table_VF, ids_BM = kept
+  d_VF = jnp.zeros(table_VF.shape, jnp.float32)
+  d_VF = d_VF.at[ids_BM].add(
+    d_BMF.astype(jnp.float32), mode='drop', wrap_negative_indices=False
+  )
+  return d_VF.astype(table_VF.dtype), None
+
+
+rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Dropout(nn.Module):
@@ -274,10 +299,12 @@ class SelfBlock(nn.Module):
     z_BND = checkpoint_name(z_BND, 'layer_input')
     u_BND = self.norm(z_BND)
     kv = self.attention.keys_values(u_BND, sharded_attention.LATENTS)
-    over = 'latents'
+    over, key_circle = 'latents', circle
     if cache is not None:
       assert rows_N is not None
       kv = cache = cache.write(rows_N, self.attention.rotated(kv, circle))
-      over = 'cache'
-    z_BND += self.dropout(self.attention(u_BND, circle, kv, circle, mask, over))
+      over, key_circle = 'cache', None
+    z_BND += self.dropout(
+      self.attention(u_BND, circle, kv, key_circle, mask, over)
+    )
     return z_BND + self.dropout(latents(self.mlp(self.mlp_norm(z_BND)))), cache

@@ -39,28 +39,39 @@ class Kernel:
   block: int
   interpret: bool
 
+  @property
+  def can_split_keys(self) -> bool:
+    return self.name in _PAIRS
 
-def choose(name: str, block: int, *, platform: str, dtype: str) -> Kernel:
+
+def choose(
+  name: str, block: int, *, platform: str, dtype: str, head_size: int
+) -> Kernel:
   """The implementation that a config's name means on a platform.
 
   Args:
-    name: 'auto' takes the fastest: flash on TPU, cudnn on GPU in bfloat16,
+    name: 'auto' takes the fastest: flash on TPU, cudnn on GPU where it can,
       chunked elsewhere; any other name is taken at its word.
     block: see `Kernel`.
     platform: 'cpu', 'gpu' or 'tpu', of the devices that will compute.
     dtype: of queries and keys.
+    head_size: K.
 
   Raises:
     UserError: the implementation does not exist there.
   """
+  fits_cudnn = head_size <= 128 and head_size % 8 == 0
   if name == 'auto':
     name = {'tpu': 'flash', 'gpu': 'cudnn'}.get(platform, 'chunked')
-    if name == 'cudnn' and dtype != 'bfloat16':
+    if name == 'cudnn' and (dtype != 'bfloat16' or not fits_cudnn):
       name = 'chunked'
-  if name == 'cudnn' and (platform, dtype) != ('gpu', 'bfloat16'):
+  if name == 'cudnn' and not (
+    (platform, dtype) == ('gpu', 'bfloat16') and fits_cudnn
+  ):
     raise UserError(
-      f'model.attention cudnn needs a GPU and model.dtype bfloat16, and this '
-      f'is {platform} and {dtype}; use auto'
+      'model.attention cudnn needs a GPU, model.dtype bfloat16 and heads of '
+      f'8, 16, ... 128 channels, and this is {platform}, {dtype} and '
+      f'{head_size}; use auto'
     )
   if name == 'flash' and platform == 'gpu':
     raise UserError(

@@ -229,8 +229,10 @@ def _for_a_pair(
   first = plan.offset + j * plan.queries  # what the first query sees
   whole = highest[block] <= first
   some = lowest[block] < first + plan.queries
-  pl.when(whole)(functools.partial(step, False))
-  pl.when(some & ~whole)(functools.partial(step, True))
+
+  @pl.when(some)
+  def _() -> None:
+    jax.lax.cond(whole, lambda: step(False), lambda: step(True))
 
 
 def _seen(slots: Any, j: jax.Array, plan: Plan) -> jax.Array:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # How JAX names what it computes again for a backward pass.
 _AGAIN = 'rematted_computation'
@@ -55,6 +56,9 @@ def count(jaxpr: Any, while_trips: int) -> Work:
     jaxpr: of `jitted.trace(...)`.
     while_trips: of loops whose end is only known when they run.
   """
+  # What no result depends on, the compiler leaves out.
+  needed = [True] * len(jaxpr.outvars)
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, needed)
   return _count(jaxpr, while_trips, False)
 
 

@@ -201,23 +201,30 @@ def least_bytes(config: Config, machine: Machine, command: str) -> int:
   return sum(sizes.values()) + gradients
 
 
-def fitting_step(config: Config, mesh: Mesh) -> Any:
+def fitting_step(config: Config, mesh: Mesh, batch: Any) -> Any:
   """The train step, compiled for the devices of `mesh`, which must hold it.
 
   It is called as `train_step.make_train_step`'s, and need not be compiled
   again.
 
+  Args:
+    config: of the run.
+    mesh: of real devices.
+    batch: one, or its shapes: data may have more position axes than the model
+      reads.
+
   Raises:
     UserError: it needs more memory than a device has.
   """
   program = programs.make_program('train', config, mesh)
+  program = dataclasses.replace(program, args=(program.args[0], batch))
   try:
     compiled = program.function.trace(*program.args).lower().compile()
   except jax.errors.JaxRuntimeError as error:
     needed = _read_refusal(str(error), program)['needed_bytes']
     raise UserError(_too_large(needed)) from error
   needed = memory.total(compiled.memory_analysis())
-  stats = mesh.devices.flat[0].memory_stats()  # None where there are none
+  stats = mesh.local_devices[0].memory_stats()  # None where there are none
   if stats and needed > stats['bytes_limit']:
     raise UserError(_too_large(needed))
   return compiled

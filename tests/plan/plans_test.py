@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from runs import compiled_once
 from tiny import make_batch, make_config
@@ -212,10 +213,13 @@ def test_a_layout_that_is_refused_says_why_in_its_line(machine):
 
 def test_the_fitting_step_is_the_step(machine):
   mesh = partitioning.make_mesh(_CONFIG.mesh, machine.devices)
-  step = plans.fitting_step(_CONFIG, mesh)
   state = train_step.init_state(_CONFIG, mesh)
-  batch = make_batch(_CONFIG.model, [24] * 8)
-  state, sums = step(state, partitioning.global_batch(batch, mesh))
+  rows = make_batch(_CONFIG.model, [24] * 8)
+  # Images have three axes of positions, even where the model reads none.
+  rows['positions'] = np.repeat(rows['positions'], 3, axis=2)
+  batch = partitioning.global_batch(rows, mesh)
+  step = plans.fitting_step(_CONFIG, mesh, batch)
+  state, sums = step(state, batch)
   assert int(state.step) == 1
   assert float(sums['loss']) > 0
 
