@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
-from jax.interpreters import partial_eval
 
 # How JAX names what it computes again for a backward pass.
 _AGAIN = 'rematted_computation'
@@ -56,10 +55,21 @@ def count(jaxpr: Any, while_trips: int) -> Work:
     jaxpr: of `jitted.trace(...)`.
     while_trips: of loops whose end is only known when they run.
   """
-  # What no result depends on, the compiler leaves out.
-  needed = [True] * len(jaxpr.outvars)
-  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, needed)
-  return _count(jaxpr, while_trips, False)
+  return _count(_needed(jaxpr), while_trips, False)
+
+
+def _needed(jaxpr: Any) -> Any:
+  """Without what no result depends on, which the compiler leaves out.
+
+  JAX's own elimination (0.10.2) keeps kernels whose outputs nobody reads.
+  """
+  wanted = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+  equations = []
+  for equation in reversed(jaxpr.eqns):
+    if equation.effects or wanted.intersection(equation.outvars):
+      equations.append(equation)
+      wanted.update(v for v in equation.invars if isinstance(v, core.Var))
+  return jaxpr.replace(eqns=equations[::-1])
 
 
 def _count(jaxpr: Any, while_trips: int, is_again: bool) -> Work:
@@ -78,7 +88,10 @@ def _equation(equation: Any, while_trips: int, is_again: bool) -> Work:
     depth = math.prod(shape[i] for i in contracted)
     work = 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
     return Work(work, 0.0, is_again * work)
-  inner = [_count(sub, while_trips, is_again) for sub in _subjaxprs(params)]
+  subjaxprs = list(_subjaxprs(params))
+  if name in ('checkpoint', 'remat2'):  # with all that was computed forward
+    subjaxprs = [_needed(sub) for sub in subjaxprs]
+  inner = [_count(sub, while_trips, is_again) for sub in subjaxprs]
   if not inner:
     return _NOTHING
   if name == 'cond':

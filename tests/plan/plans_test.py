@@ -11,6 +11,8 @@ from tiny import make_batch, make_config
 
 from perceiver_ar import flops, partitioning, train_step
 from perceiver_ar.errors import UserError
+from perceiver_ar.ops import attention
+from perceiver_ar.ops.masks import Mask
 from perceiver_ar.plan import advice, counting, page, plans
 from perceiver_ar.plan.machine import open_machine
 
@@ -203,6 +205,31 @@ def test_a_sweep_has_a_line_for_every_layout(monkeypatch, trained, machine):
   layouts = [tuple(sorted(changes.items())) for changes, _ in rows]
   assert len(set(layouts)) == len(rows) >= 4
   json.dumps(page.sweep_to_dicts(rows), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+  ('remat', 'products'),
+  # Forward 2, backward 5; or the forward pass again.
+  [(None, 7), ('attention', 7), ('full', 9)],
+)
+def test_a_kernel_is_counted_as_often_as_it_runs(remat, products):
+  N, M, H, K = 128, 512, 2, 64
+  kernel = attention.Kernel('flash', 1, interpret=False)
+  mask = Mask(offset=M - N)
+  attend = lambda q, k, v: attention.attend(q, k, v, mask, None, kernel)
+  policies = {
+    'attention': jax.checkpoint_policies.save_only_these_names('attention'),
+    'full': jax.checkpoint_policies.nothing_saveable,
+  }
+  if remat:
+    attend = jax.checkpoint(attend, policy=policies[remat])
+  loss = lambda *qkv: attend(*qkv).sum()
+  shapes = [jax.ShapeDtypeStruct((1, n, H, K), 'float32') for n in (N, M, M)]
+  trace = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*shapes)
+  work = counting.count(trace.jaxpr.jaxpr, 1)
+  # Two heads of 64 share a block of 128 lanes.
+  assert work.kernel == products * 2 * N * M * H * 128
+  assert (work.again > 0) == (remat == 'full')
 
 
 def test_a_layout_that_is_refused_says_why_in_its_line(machine):
