@@ -33,13 +33,17 @@ def get_config(arg: str = '') -> ConfigDict:
   m.input_dropout_rate = 0.0  # inputs hidden from the cross-attend, by a mask
   m.num_kept_inputs = 0  # or: so many kept, the rest never computed; 0: all
   m.dtype = 'float32'  # of compute: float32, bfloat16
-  m.param_dtype = 'float32'  # of parameters, where they rest: float32, bfloat16
+  # Of parameters, where they rest: float32, bfloat16. There is no other copy:
+  # an update below 1/256 of a bfloat16 value is lost.
+  m.param_dtype = 'float32'
   # Of a layer, kept for the backward pass: none recomputes nothing; dots keeps
-  # matmuls; attention keeps its output; full keeps only what it takes in;
-  # offload keeps that in the memory of the host.
+  # matmuls; attention keeps its output (of flash and chunked); full keeps only
+  # what it takes in; offload keeps that in the memory of the host.
   m.remat = 'none'
   m.scan_unroll = 1  # layers per step of the scan over layers
-  m.attention = 'auto'  # flash on TPU, cudnn on GPU; chunked, reference
+  # auto: flash on TPU, cudnn on GPU in bfloat16, else chunked; or one of these,
+  # or reference. Sampling from a cache is chunked or reference.
+  m.attention = 'auto'
   m.attention_block = 512  # keys per block of chunked attention
   # Keys and values of the cross-attend computed once per vocabulary entry:
   # auto does so where there are fewer of these than inputs on a device.

@@ -96,8 +96,11 @@ def abstract_classes(args: Any) -> dict[str, int]:
 
 
 def shard_bytes(leaf: Any) -> int:
+  """In the memory of a device; none if the host has it."""
   sharding = getattr(leaf, 'sharding', None)
   shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+  if sharding and sharding.memory_kind == 'pinned_host':
+    return 0
   return math.prod(shape) * leaf.dtype.itemsize
 
 

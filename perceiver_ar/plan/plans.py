@@ -55,7 +55,7 @@ class Plan:
       where something is recomputed.
     recomputed_flops: of these, computed a second time for the backward pass.
     kernel_flops: of these, in attention kernels, masked blocks included.
-    collectives: None if it did not compile.
+    collectives: empty if it did not compile.
     seconds: by what they are spent on; empty if it did not compile.
     num_tokens: predicted in one call.
     num_calls: in the whole run: train.num_steps, else 1.

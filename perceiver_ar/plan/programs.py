@@ -13,15 +13,13 @@ from perceiver_ar.errors import UserError
 from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models.perceiver_ar import can_cache
 
-COMMANDS = ('train', 'evaluate', 'sample')
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
   """One jitted function as a command runs it.
 
   Attributes:
-    command: one of `COMMANDS`.
+    command: train, evaluate or sample.
     function: jitted.
     args: their shapes and shardings.
     params: of these, the parameters.
