@@ -15,6 +15,7 @@ from perceiver_ar.models.perceiver_ar import PerceiverAR, can_cache
 # A ring of M inputs; N latents; refilled with R; a first prompt of T.
 _M, _N, _R, _T = 10, 4, 2, 3
 _CACHED = [
+  'rotary_half_heads',
   'rotary',
   'rotary_from_end',
   'rotary_from_end_negated',
