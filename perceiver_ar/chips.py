@@ -4,7 +4,7 @@ Sources, for all but the clock and what the compiler keeps for itself:
   - Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x
     (Ironwood)" (docs.cloud.google.com/tpu/docs): peak, HBM, HBM bandwidth,
     ports, ICI bandwidth (both ways and over all ports there, one way and of
-    one port here), DCN bandwidth, chips per host.
+    one port here), DCN bandwidth.
   - "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus): v4's ICI
     and v4's DCN, which the first does not give, and where a torus closes.
 The clock follows from the peak: cores x matrix units x 2 x side^2 operations a
@@ -31,7 +31,6 @@ class Chip:
     prefix: of the compiler's names of topologies.
     options: of the compiler's topologies.
     devices: that JAX sees per chip; all figures are of one of them.
-    cores: TensorCores of a device.
     hbm_bytes: of memory, as sold.
     usable_bytes: of it, that a program may use.
     peak_flops: by type of the operands, per second. Matmuls of float32 are one
@@ -41,7 +40,6 @@ class Chip:
     num_links: ICI ports of a chip; two per dimension of the torus.
     torus_multiple: a dimension closes to a ring if this divides it.
     dcn_bandwidth: bytes per second, one way, the chip's share of its host's.
-    chips_per_host: in slices of more than one host.
     clock_hz: cycles per second.
   """
 
@@ -50,7 +48,6 @@ class Chip:
   prefix: str
   options: Mapping[str, str]
   devices: int
-  cores: int
   hbm_bytes: int
   usable_bytes: int
   peak_flops: Mapping[str, float]
@@ -59,7 +56,6 @@ class Chip:
   num_links: int
   torus_multiple: int
   dcn_bandwidth: float
-  chips_per_host: int
   clock_hz: float
 
   @property
@@ -78,7 +74,6 @@ _TPUS = (
     prefix='v4',
     options={'chip_config_name': 'megacore'},  # else two devices per chip
     devices=1,
-    cores=2,
     hbm_bytes=32 * _GIB,
     usable_bytes=int(30.75 * _GIB),
     peak_flops=_peak(275e12, 275e12),
@@ -87,7 +82,6 @@ _TPUS = (
     num_links=6,
     torus_multiple=4,
     dcn_bandwidth=6.25e9,
-    chips_per_host=4,
     clock_hz=1.05e9,
   ),
   Chip(
@@ -96,7 +90,6 @@ _TPUS = (
     prefix='v5e',
     options={},
     devices=1,
-    cores=1,
     hbm_bytes=16 * _GIB,
     usable_bytes=int(15.75 * _GIB),
     peak_flops=_peak(197e12, 393e12),
@@ -105,7 +98,6 @@ _TPUS = (
     num_links=4,
     torus_multiple=16,
     dcn_bandwidth=3.125e9,
-    chips_per_host=8,
     clock_hz=1.5e9,
   ),
   Chip(
@@ -114,7 +106,6 @@ _TPUS = (
     prefix='v5p',
     options={},
     devices=1,
-    cores=2,
     hbm_bytes=95 * _GIB,
     usable_bytes=int(95.74 * _GIB),
     peak_flops=_peak(459e12, 918e12),
@@ -123,7 +114,6 @@ _TPUS = (
     num_links=6,
     torus_multiple=4,
     dcn_bandwidth=6.25e9,
-    chips_per_host=4,
     clock_hz=1.75e9,
   ),
   Chip(
@@ -132,7 +122,6 @@ _TPUS = (
     prefix='v6e',
     options={},
     devices=1,
-    cores=1,
     hbm_bytes=32 * _GIB,
     usable_bytes=int(31.25 * _GIB),
     peak_flops=_peak(918e12, 1836e12),
@@ -141,7 +130,6 @@ _TPUS = (
     num_links=4,
     torus_multiple=16,
     dcn_bandwidth=12.5e9,
-    chips_per_host=8,
     clock_hz=1.75e9,
   ),
   Chip(
@@ -150,7 +138,6 @@ _TPUS = (
     prefix='tpu7x',
     options={},
     devices=2,
-    cores=1,
     hbm_bytes=96 * _GIB,
     usable_bytes=int(94.75 * _GIB),
     peak_flops=_peak(2307e12 / 2, 4614e12 / 2),  # int8: the page gives FP8
@@ -159,7 +146,6 @@ _TPUS = (
     num_links=6,
     torus_multiple=4,
     dcn_bandwidth=12.5e9 / 2,
-    chips_per_host=4,
     clock_hz=2.2e9,
   ),
 )
@@ -189,7 +175,6 @@ def cpu(memory_bytes: int) -> Chip:
     prefix='cpu',
     options={},
     devices=1,
-    cores=1,
     hbm_bytes=memory_bytes,
     usable_bytes=memory_bytes,
     peak_flops=_peak(50e9, 50e9),
@@ -198,6 +183,5 @@ def cpu(memory_bytes: int) -> Chip:
     num_links=2,
     torus_multiple=1,
     dcn_bandwidth=1e9,
-    chips_per_host=1,
     clock_hz=1e9,
   )

@@ -244,6 +244,11 @@ def _check_training(config: Config) -> None:
     f'optimizer.weight_decay {optimizer.weight_decay} means nothing to '
     f'{optimizer.name}; use adamw, lamb or adafactor, or set it to 0',
   )
+  _require(
+    optimizer.momentum_dtype == 'float32' or optimizer.name != 'adafactor',
+    f'optimizer.momentum_dtype {optimizer.momentum_dtype} means nothing to '
+    'adafactor, which has no momentum; set it to float32',
+  )
   if optimizer.schedule == 'cosine':
     _require(
       optimizer.warmup_steps <= optimizer.decay_start < optimizer.decay_end,

@@ -87,13 +87,7 @@ class Evaluator:
     self._mesh = mesh
     self._open = -1, np.zeros((0,), np.int32)
     how = config.evaluate
-    partitioning.check_batch(
-      'evaluate.batch_size', how.batch_size, mesh, axes='slice*data'
-    )
-    partitioning.check_context(
-      config.model, 'evaluate.context_length', how.context_length, mesh
-    )
-    partitioning.latent_axes(mesh, how.batch_size, how.num_latents)
+    partitioning.check_evaluate(config, mesh)
     if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
       _check_endless(how.max_examples)
     lengths = documents.num_tokens

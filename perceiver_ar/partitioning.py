@@ -19,7 +19,7 @@ from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar.config import MESH_AXES, MeshConfig, ModelConfig
+from perceiver_ar.config import MESH_AXES, Config, MeshConfig, ModelConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
 
@@ -344,6 +344,35 @@ def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
       f'{kernel.name} attention cannot split its inputs over mesh.context '
       f'{context}; set model.attention to chunked, or to flash on TPU'
     )
+
+
+def check_train(config: Config, mesh: Mesh) -> None:
+  """Refuses a training step that the mesh does not divide."""
+  model, train = config.model, config.train
+  num_rows = train.batch_size // train.num_microbatches
+  check_batch(
+    'train.batch_size / train.num_microbatches',
+    num_rows,
+    mesh,
+    axes='slice*data',
+  )
+  check_context(model, 'model.context_length', model.context_length, mesh)
+  latent_axes(mesh, num_rows, model.num_latents)
+
+
+def check_evaluate(config: Config, mesh: Mesh) -> None:
+  """The same for evaluation, which has sizes of its own."""
+  how = config.evaluate
+  check_batch('evaluate.batch_size', how.batch_size, mesh, axes='slice*data')
+  check_context(
+    config.model, 'evaluate.context_length', how.context_length, mesh
+  )
+  latent_axes(mesh, how.batch_size, how.num_latents)
+
+
+def check_sample(config: Config, mesh: Mesh) -> None:
+  num = config.sample.num_samples
+  check_batch('sample.num_samples', num, mesh, axes='slice*data*context')
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

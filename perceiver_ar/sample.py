@@ -86,9 +86,7 @@ class Sampler:
     self._params = params
     self._layout = layout
     how = config.sample
-    partitioning.check_batch(
-      'sample.num_samples', how.num_samples, mesh, axes='slice*data*context'
-    )
+    partitioning.check_sample(config, mesh)
     self._N, self._R = how.num_latents, how.refill_latents
     self._M = config.model.context_length
     step = _Step(config, mesh, tuple(forbidden))

@@ -32,44 +32,15 @@ def attend(
   v_BMHK: jax.Array,
   mask: Mask,
   turn: Turn | None,
+  key_axes: tuple[str, ...],
 ) -> jax.Array:
-  """Latents to latents; a device has whole rows, or a part of each."""
+  """Latents to `INPUTS`, of which a device keeps its part, or to `LATENTS`."""
   mesh = jax.sharding.get_abstract_mesh()
   kernel = choose(config, mesh, q_BNHK.shape[-1])
   if mesh.empty:
     return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
-  specs = partitioning.spec(LATENTS)
-
-  def local(
-    q_BNHK: jax.Array,
-    k_BNHK: jax.Array,
-    v_BNHK: jax.Array,
-    mask: Mask,
-    turn: Turn | None,
-  ) -> jax.Array:
-    if axis := specs[1]:
-      k_BNHK, v_BNHK, mask, turn = context_parallel.with_all_keys(
-        k_BNHK, v_BNHK, mask, turn, q_BNHK.shape[1], axis
-      )
-    return attention.attend(q_BNHK, k_BNHK, v_BNHK, mask, turn, kernel)
-
-  return _map(local, specs, specs, q_BNHK, k_BMHK, v_BMHK, mask, turn)
-
-
-def attend_inputs(
-  config: ModelConfig,
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
-  mask: Mask,
-  turn: Turn | None,
-) -> jax.Array:
-  """Latents to inputs; each device has a part of these, and they stay there."""
-  mesh = jax.sharding.get_abstract_mesh()
-  kernel = choose(config, mesh, q_BNHK.shape[-1])
-  if mesh.empty:
-    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
-  queries, keys = partitioning.spec(LATENTS), partitioning.spec(INPUTS)
+  queries, keys = partitioning.spec(LATENTS), partitioning.spec(key_axes)
+  axis = keys[1]
 
   def local(
     q_BNHK: jax.Array,
@@ -78,12 +49,16 @@ def attend_inputs(
     mask: Mask,
     turn: Turn | None,
   ) -> jax.Array:
-    arrays = q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel
-    axis = keys[1]
-    if axis is None or mesh.shape[axis] == 1:
-      return attention.attend(*arrays)
-    split = context_parallel.Split(axis, dim=1 if queries[1] else 0)
-    return context_parallel.attend(*arrays, split)
+    if axis is not None and mesh.shape[axis] > 1:
+      if key_axes == INPUTS:
+        split = context_parallel.Split(axis, dim=1 if queries[1] else 0)
+        return context_parallel.attend(
+          q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel, split
+        )
+      k_BMHK, v_BMHK, mask, turn = context_parallel.with_all_keys(
+        k_BMHK, v_BMHK, mask, turn, axis
+      )
+    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
 
   return _map(local, queries, keys, q_BNHK, k_BMHK, v_BMHK, mask, turn)
 

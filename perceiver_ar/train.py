@@ -71,7 +71,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       too many steps in a row were not finite.
   """
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  _check_mesh(config, mesh)
+  partitioning.check_train(config, mesh)
   documents = pipeline.open_documents(
     config.data, 'train', seed=config.train.seed
   )
@@ -105,20 +105,6 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       contextlib.closing(batches),
     ):
       return loop.run(state, batches, first_step, writer)
-
-
-def _check_mesh(config: Config, mesh: Mesh) -> None:
-  model, train = config.model, config.train
-  num_rows = train.batch_size // train.num_microbatches
-  partitioning.check_batch(
-    'train.batch_size / train.num_microbatches',
-    num_rows,
-    mesh,
-    axes='slice*data',
-  )
-  length = model.context_length
-  partitioning.check_context(model, 'model.context_length', length, mesh)
-  partitioning.latent_axes(mesh, num_rows, model.num_latents)
 
 
 def _first_state(

@@ -84,6 +84,10 @@ _SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
       _SINUSOIDAL | {'model.embed_width': 3, 'model.num_cross_heads': 1},
       'must be even',
     ),
+    (
+      {'optimizer.name': 'adafactor', 'optimizer.momentum_dtype': 'bfloat16'},
+      'optimizer.momentum_dtype bfloat16',
+    ),
     ({'train.num_microbatches': 3}, 'train.batch_size 8 is not divisible'),
     (
       {'optimizer.schedule': 'cosine', 'optimizer.decay_start': 20_000},

@@ -1,37 +1,41 @@
 """Inputs lie over the context axis; what comes after them does not know it."""
 
+import jax
 import pytest
-from steps import config_on, global_batch, place
+from steps import config_on
 
-from perceiver_ar import chips, train_step
+from perceiver_ar import chips, partitioning
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
-from perceiver_ar.plan import collectives
+from perceiver_ar.plan import collectives, programs
 from perceiver_ar.plan.hlo import Module
 
 
 def _sent(mesh, **changes):
   """The collectives of a training step, compiled for 8 devices."""
-  config = config_on(mesh, **changes)
-  where, state = place(config)
-  step = train_step.make_train_step(config, where)
-  compiled = step.lower(state, global_batch(config, where)).compile()
-  module = Module(compiled.as_text())
+  config = config_on(mesh, **{'model.scan_unroll': 1} | changes)
+  where = partitioning.make_mesh(config.mesh, jax.devices())
+  program = programs.make_program('train', config, where)
+  module = Module(program.function.lower(*program.args).compile().as_text())
   layers = config.model.num_layers
   return collectives.collect(module, where, chips.cpu(2**30), layers)
 
 
 def test_the_latent_phase_sends_nothing_over_context_but_gradients():
-  rows = _sent({'data': 2, 'context': 4}, **{'model.scan_unroll': 1})
-  over_context = [row for row in rows if 'context' in row.axis]
-  phases = {row.phase for row in over_context}
-  assert {'input', 'gradient'} <= phases
-  assert 'latent' not in phases
+  sent = []
+  for num_rows in (8, 16):
+    rows = _sent({'data': 2, 'context': 4}, **{'train.batch_size': num_rows})
+    over_context = [row for row in rows if 'context' in row.axis]
+    phases = {row.phase for row in over_context}
+    assert {'input', 'gradient'} <= phases
+    assert 'latent' not in phases
+    sent.append(sum(r.bytes for r in over_context if r.phase == 'gradient'))
+  # Sums of activations would be of more rows.
+  assert sent[0] == sent[1]
 
 
 def test_too_few_rows_split_the_latents_and_gather_their_keys():
-  changes = {'train.num_microbatches': 2, 'model.scan_unroll': 1}
-  rows = _sent({'context': 8}, **changes)
+  rows = _sent({'context': 8}, **{'train.num_microbatches': 2})
   gathers = [r for r in rows if r.phase == 'latent' and r.axis == 'context']
   assert gathers
 

@@ -1,7 +1,7 @@
 """The blocks of Perceiver AR: pre-norm attention and MLP, with residuals.
 
-Parameters carry logical axis names; compute is of the
-configured type. Dropout is on exactly when a 'dropout' key is given.
+Parameters carry logical axis names; compute is of the configured type. Dropout
+is on exactly when a 'dropout' key is given.
 
 Letters: B batch, N queries, M keys, D width, E embedding width, H heads,
 K head size.
@@ -189,12 +189,14 @@ class Attention(nn.Module):
     with jax.named_scope('attend'):
       if over == 'cache':
         o_BNHK = sharded_attention.attend_cache(self.config, *qkv, mask)
-      elif over == 'inputs':
-        o_BNHK = sharded_attention.attend_inputs(
-          self.config, *qkv, mask, key_circle
-        )
       else:
-        o_BNHK = sharded_attention.attend(self.config, *qkv, mask, key_circle)
+        axes = {
+          'inputs': sharded_attention.INPUTS,
+          'latents': sharded_attention.LATENTS,
+        }
+        o_BNHK = sharded_attention.attend(
+          self.config, *qkv, mask, key_circle, axes[over]
+        )
     return latents(self.out(o_BNHK))
 
   @property

@@ -76,16 +76,15 @@ def with_all_keys(
   v_BNHK: jax.Array,
   mask: Mask,
   turn: Turn | None,
-  num_queries: int,
   axis: str,
 ) -> tuple[jax.Array, jax.Array, Mask, Turn | None]:
   """For latents that are split over `axis`: all keys, and their mask here."""
+  first = lax.axis_index(axis) * k_BNHK.shape[1]
   k_BNHK, v_BNHK, turn = jax.tree.map(
     lambda x: lax.all_gather(x, axis, axis=1, tiled=True),
     (k_BNHK, v_BNHK, turn),
   )
   B, N = k_BNHK.shape[:2]
-  first = lax.axis_index(axis) * num_queries
   slots_BN = jnp.broadcast_to((jnp.arange(N) - first)[None], (B, N))
   start_B = None if mask.start_B is None else mask.start_B - first
   mask = dataclasses.replace(mask, slots_BM=slots_BN, start_B=start_B)

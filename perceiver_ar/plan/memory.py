@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from perceiver_ar.plan.hlo import HOST, Array, Module
 
 CLASSES: tuple[str, ...] = (
@@ -83,8 +85,6 @@ def on_host(analysis: Any) -> int:
 
 def abstract_classes(args: Any) -> dict[str, int]:
   """Bytes of the arguments by class, without padding and a compiled module."""
-  import jax
-
   sizes = dict.fromkeys(CLASSES, 0)
   state, *rest = args
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -106,8 +106,6 @@ def shard_bytes(leaf: Any) -> int:
 
 def shapes(params: Any) -> set[tuple[int, ...]]:
   """Of all parameters, whole and as each device holds them."""
-  import jax
-
   found = set()
   for leaf in jax.tree.leaves(params):
     found |= {_squeezed(leaf.shape)}

@@ -43,13 +43,7 @@ def make_program(command: str, config: Config, mesh: Mesh) -> Program:
 
 def _train(config: Config, mesh: Mesh) -> Program:
   train, M = config.train, config.model.context_length
-  partitioning.check_batch(
-    'train.batch_size / train.num_microbatches',
-    train.batch_size // train.num_microbatches,
-    mesh,
-    axes='slice*data',
-  )
-  partitioning.check_context(config.model, 'model.context_length', M, mesh)
+  partitioning.check_train(config, mesh)
   state = train_step.abstract_state(config, mesh)
   return Program(
     command='train',
@@ -63,12 +57,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
 
 def _evaluate(config: Config, mesh: Mesh) -> Program:
   how = config.evaluate
-  partitioning.check_batch(
-    'evaluate.batch_size', how.batch_size, mesh, axes='slice*data'
-  )
-  partitioning.check_context(
-    config.model, 'evaluate.context_length', how.context_length, mesh
-  )
+  partitioning.check_evaluate(config, mesh)
   params = train_step.abstract_params(config, mesh)
   batch = _batch(config, how.batch_size, how.context_length, mesh)
   batch['num_scored'] = _ids(mesh, how.batch_size)
@@ -90,9 +79,7 @@ def _evaluate(config: Config, mesh: Mesh) -> Program:
 def _sample(config: Config, mesh: Mesh) -> Program:
   """A segment: the latents are refilled, and drawn from until N are in use."""
   how, model = config.sample, config.model
-  partitioning.check_batch(
-    'sample.num_samples', how.num_samples, mesh, axes='slice*data*context'
-  )
+  partitioning.check_sample(config, mesh)
   if not can_cache(model):
     raise UserError(
       f'model.position_source {model.position_source} moves the positions of '
