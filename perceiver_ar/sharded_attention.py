@@ -5,7 +5,7 @@ inside `shard_map`, with what the logical axes of queries and keys mean on the
 mesh of the context. Without one (a model that is only initialised, or scored
 on one device) the kernel is called as it is.
 
-Letters: B batch, N queries, M keys, H heads, K head size.
+Letters: B batch, N queries, M keys, F channels of all heads.
 """
 
 import math
@@ -19,61 +19,64 @@ from perceiver_ar.config import ModelConfig
 from perceiver_ar.ops import attention, context_parallel
 from perceiver_ar.ops.attention import Kernel
 from perceiver_ar.ops.masks import Mask
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turns
 
-LATENTS = ('rows', 'latents', 'heads', 'kv')
-INPUTS = ('batch', 'context', 'heads', 'kv')
+LATENTS = ('rows', 'latents', 'heads')
+INPUTS = ('batch', 'context', 'heads')
 
 
 def attend(
   config: ModelConfig,
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  head_size: int,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   key_axes: tuple[str, ...],
 ) -> jax.Array:
   """Latents to `INPUTS`, of which a device keeps its part, or to `LATENTS`."""
   mesh = jax.sharding.get_abstract_mesh()
-  kernel = choose(config, mesh, q_BNHK.shape[-1])
+  kernel = choose(config, mesh, head_size)
   if mesh.empty:
-    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
+    return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
   queries, keys = partitioning.spec(LATENTS), partitioning.spec(key_axes)
   axis = keys[1]
 
   def local(
-    q_BNHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHK: jax.Array,
+    q_BNF: jax.Array,
+    k_BMF: jax.Array,
+    v_BMF: jax.Array,
     mask: Mask,
-    turn: Turn | None,
+    turns: Turns,
   ) -> jax.Array:
     if axis is not None and mesh.shape[axis] > 1:
       if key_axes == INPUTS:
         split = context_parallel.Split(axis, dim=1 if queries[1] else 0)
         return context_parallel.attend(
-          q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel, split
+          q_BNF, k_BMF, v_BMF, mask, turns, kernel, split
         )
-      k_BMHK, v_BMHK, mask, turn = context_parallel.with_all_keys(
-        k_BMHK, v_BMHK, mask, turn, axis
+      k_BMF, v_BMF, mask, turns = context_parallel.with_all_keys(
+        k_BMF, v_BMF, mask, turns, axis
       )
-    return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
+    return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
 
-  return _map(local, queries, keys, q_BNHK, k_BMHK, v_BMHK, mask, turn)
+  return _map(local, queries, keys, q_BNF, k_BMF, v_BMF, mask, turns)
 
 
 def attend_cache(
   config: ModelConfig,
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  head_size: int,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
+  turns: Turns,
 ) -> jax.Array:
   """A few queries to a cache of rotated keys: XLA splits it as any matmul."""
   name = 'reference' if config.attention == 'reference' else 'chunked'
-  kernel = Kernel(name, config.attention_block, interpret=False)
-  return attention.attend(q_BNHK, k_BMHK, v_BMHK, mask, None, kernel)
+  kernel = Kernel(name, config.attention_block, head_size, interpret=False)
+  return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
 
 
 def num_input_shards() -> int:
@@ -106,19 +109,21 @@ def _map(
   local: Callable[..., jax.Array],
   queries: PartitionSpec,
   keys: PartitionSpec,
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
 ) -> jax.Array:
   # What they have of each row, or of each key of a row, lies with the keys.
   masks = jax.tree.map(lambda x: PartitionSpec(*keys[: x.ndim]), mask)
-  rows = keys[0] if turn is not None and len(turn.sin) > 1 else None
-  turns = jax.tree.map(lambda _: PartitionSpec(rows, keys[1]), turn)
+  turned = jax.tree.map(lambda _: PartitionSpec(*queries[:2]), turns.queries)
+  turned = Turns(
+    turned, jax.tree.map(lambda _: PartitionSpec(*keys[:2]), turns.keys)
+  )
   return jax.shard_map(
     local,
-    in_specs=(queries, keys, keys, masks, turns),
+    in_specs=(queries, keys, keys, masks, turned),
     out_specs=queries,
     check_vma=False,
-  )(q_BNHK, k_BMHK, v_BMHK, mask, turn)
+  )(q_BNF, k_BMF, v_BMF, mask, turns)

@@ -30,6 +30,7 @@ from perceiver_ar.config import Config
 from perceiver_ar.data import layouts
 from perceiver_ar.ops import attention
 from perceiver_ar.ops.masks import Mask
+from perceiver_ar.ops.rotation import Turns
 
 Case: TypeAlias = tuple[Callable[[], Any], dict[str, Any]]
 
@@ -119,15 +120,15 @@ def compiled(jitted: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
 
 def attention_cases(N: int, M: int, H: int, K: int) -> dict[str, Case]:
   """Chunked against reference, forward and forward + backward."""
-  normal = lambda i, T: jax.random.normal(jax.random.key(i), (1, T, H, K))
+  normal = lambda i, T: jax.random.normal(jax.random.key(i), (1, T, H * K))
   qkv = [normal(i, T) for i, T in enumerate((N, M, M))]
   mask = Mask(offset=M - N, start_B=jnp.zeros((1,), jnp.int32))
   cases = {}
   for kind in ('forward', 'both ways'):
     for implementation in ('chunked', 'reference'):
-      kernel = attention.Kernel(implementation, 512, interpret=False)
+      kernel = attention.Kernel(implementation, 512, K, interpret=False)
       attend = functools.partial(
-        attention.attend, mask=mask, turn=None, kernel=kernel
+        attention.attend, mask=mask, turns=Turns(), kernel=kernel
       )
       function, factor = attend, 1
       if kind == 'both ways':

@@ -4,7 +4,7 @@ Keys and values of the inputs stand in a ring: input i is in row i mod M, so a
 new one replaces the oldest and nothing is moved. Keys and values of the
 latents fill up from row 0; when they are full the sampler starts them anew.
 
-Letters: B batch, M inputs, N latents, L layers, H heads, K head size.
+Letters: B batch, M inputs, N latents, L layers, D width, E embedding width.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class KeyValue:
   value: jax.Array
 
   def write(self, rows_T: jax.Array, new: 'KeyValue') -> 'KeyValue':
-    """Replaces rows of [B, rows, H, K] arrays."""
+    """Replaces rows of [B, rows, channels] arrays."""
     return KeyValue(
       self.key.at[:, rows_T].set(new.key.astype(self.key.dtype)),
       self.value.at[:, rows_T].set(new.value.astype(self.value.dtype)),
@@ -36,8 +36,8 @@ class Cache:
   """Keys and values so far; all rows of the batch are equally long.
 
   Attributes:
-    inputs: of the cross-attend, [B, M, H, K].
-    latents: of every self-attend, [L, B, N, H, K].
+    inputs: of the cross-attend, [B, M, E].
+    latents: of every self-attend, [L, B, N, D].
     num_inputs: inputs written since the start, may exceed M.
     num_latents: latents written since the last refill, at most N.
   """
@@ -52,13 +52,11 @@ def empty(
   config: ModelConfig, batch: int, context_length: int, num_latents: int
 ) -> Cache:
   """A cache of nothing, for M and N that may differ from training's."""
-  cross = (config.num_cross_heads, config.embed_width // config.num_cross_heads)
-  own = (config.num_self_heads, config.width // config.num_self_heads)
   zeros = lambda *shape: jnp.zeros(shape, config.dtype)
   pair = lambda *shape: KeyValue(zeros(*shape), zeros(*shape))
   return Cache(
-    inputs=pair(batch, context_length, *cross),
-    latents=pair(config.num_layers, batch, num_latents, *own),
+    inputs=pair(batch, context_length, config.embed_width),
+    latents=pair(config.num_layers, batch, num_latents, config.width),
     num_inputs=jnp.int32(0),
     num_latents=jnp.int32(0),
   )

@@ -3,11 +3,10 @@
 Parameters carry logical axis names; compute is of the configured type. Dropout
 is on exactly when a 'dropout' key is given.
 
-Letters: B batch, N queries, M keys, D width, E embedding width, H heads,
-K head size.
+Letters: B batch, N queries, M keys, D width, E embedding width, F channels of
+all heads, H heads, K head size.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from perceiver_ar.config import ModelConfig
 from perceiver_ar.models.cache import KeyValue
 from perceiver_ar.ops import rotation
 from perceiver_ar.ops.masks import Mask
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turn, Turns
 
 Circle = Turn | None
 """The rotary angles of queries or keys; None without rotary positions."""
@@ -49,17 +48,27 @@ def gather(weight: Any, axes: tuple[str, ...], dtype: str) -> jax.Array:
 
 
 class Linear(nn.Module):
-  """A projection with bias over the last axes; weights of variance 1/fan-in."""
+  """A projection of the last axis, with bias; weights of variance 1/fan-in.
+
+  Its parameters have heads apart from channels. Activations never do: XLA would
+  lay them out otherwise than attention on TPU reads them, and copy them.
+
+  Attributes:
+    config: of the model.
+    features: of the result; their product is its last axis.
+    kernel_axes: logical names.
+    contracted: what the last axis of `x` is a product of, if it is one.
+  """
 
   config: ModelConfig
   features: tuple[int, ...]
   kernel_axes: tuple[str, ...]
+  contracted: tuple[int, ...] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    rank, dtype = len(self.features), self.config.dtype
-    num_contracted = len(self.kernel_axes) - rank
-    contracted = x.shape[x.ndim - num_contracted :]
+    contracted, dtype = self.contracted or x.shape[-1:], self.config.dtype
+    num_contracted, rank = len(contracted), len(self.features)
     init = nn.initializers.variance_scaling(
       1.0,
       'fan_in',
@@ -76,13 +85,33 @@ class Linear(nn.Module):
     )
     kernel = gather(kernel, self.kernel_axes, dtype)
     bias = gather(bias, bias_axes, dtype)
-    # As one matrix: with an axis of its own for heads, XLA lays the result out
-    # otherwise than attention on TPU reads it, and copies it.
-    lead = x.shape[: x.ndim - num_contracted]
-    size = math.prod(contracted)
-    y = x.reshape(*lead, size) @ kernel.reshape(size, -1)
-    y += bias.reshape((1,) * len(lead) + (-1,))
-    return y.reshape(*lead, *self.features)
+    return add_bias(x @ kernel.reshape(x.shape[-1], -1), bias.ravel())
+
+
+@jax.custom_vjp
+def add_bias(y_BTF: jax.Array, bias_F: jax.Array) -> jax.Array:
+  return y_BTF + bias_F[None, None]
+
+
+def _add_bias_forward(
+  y_BTF: jax.Array, bias_F: jax.Array
+) -> tuple[jax.Array, None]:
+  return add_bias(y_BTF, bias_F), None
+
+
+def _add_bias_backward(
+  _: None, d_BTF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  # By a matmul: alone behind a kernel, a sum over rows takes a TPU as long as
+  # a projection. Of fewer rows than 8, XLA would make a sum again.
+  ones_8BT = jnp.ones((8, *d_BTF.shape[:2]), d_BTF.dtype)
+  d_8F = jnp.einsum(
+    'nbt,btf->nf', ones_8BT, d_BTF, preferred_element_type=jnp.float32
+  )
+  return d_BTF, d_8F[0].astype(d_BTF.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
@@ -97,9 +126,22 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 
 
 def activation(name: str) -> Any:
-  if name == 'sq_relu':  # So et al. 2021
-    return lambda x: jnp.square(jax.nn.relu(x))
-  return getattr(jax.nn, name)
+  return squared_relu if name == 'sq_relu' else getattr(jax.nn, name)
+
+
+@jax.custom_jvp
+def squared_relu(x: jax.Array) -> jax.Array:
+  """So et al. 2021."""
+  return jnp.square(jax.nn.relu(x))
+
+
+@squared_relu.defjvp
+def _squared_relu_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  # The same as without this, but with no mask of signs for XLA to keep.
+  relu = jax.nn.relu(primals[0])
+  return jnp.square(relu), 2 * relu * tangents[0]
 
 
 def latents(z_BND: jax.Array) -> jax.Array:
@@ -109,14 +151,12 @@ def latents(z_BND: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def rows(table_VF: jax.Array, ids_BM: jax.Array) -> jax.Array:
-  """Rows of a table; an id outside of it shows as NaN, not as another id.
+  """Rows of a table, of ids that are in it (see `inside`).
 
   Gradients are summed in float32 whatever the table is in: a token may occur
   thousands of times, and bfloat16 cannot count to 257.
   """
-  return table_VF.at[ids_BM].get(
-    mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
-  )
+  return table_VF.at[ids_BM].get(mode='clip', wrap_negative_indices=False)
 
 
 def _rows_forward(
@@ -137,6 +177,11 @@ def _rows_backward(
 
 
 rows.defvjp(_rows_forward, _rows_backward)
+
+
+def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
+  """Others must show as NaN, not as another id."""
+  return (ids_BM >= 0) & (ids_BM < num_rows)
 
 
 class Dropout(nn.Module):
@@ -160,7 +205,12 @@ class Attention(nn.Module):
     self.query = Linear(self.config, heads, axes)
     self.key = Linear(self.config, heads, axes)
     self.value = Linear(self.config, heads, axes)
-    self.out = Linear(self.config, (self.out_width,), ('heads', 'kv', 'embed'))
+    self.out = Linear(
+      self.config,
+      (self.out_width,),
+      ('heads', 'kv', 'embed'),
+      contracted=heads,
+    )
 
   def keys_values(self, x_BME: jax.Array, axes: Axes) -> KeyValue:
     """Not yet rotated."""
@@ -180,31 +230,33 @@ class Attention(nn.Module):
     over: str,
   ) -> jax.Array:
     """Attends over 'latents', 'inputs', or a 'cache' of rotated keys."""
-    q_BNHK = self._rotate(self.query(u_BND), circle)
-    q_BNHK = constrain(q_BNHK, sharded_attention.LATENTS)
+    q_BNF = constrain(self.query(u_BND), sharded_attention.LATENTS)
+    turns = Turns(circle, key_circle)
     if self._num_rotated < self.num_heads:
       # Attention would rotate them all.
-      kv, key_circle = self.rotated(kv, key_circle), None
-    qkv = q_BNHK, kv.key, kv.value
+      q_BNF, kv = self._rotate(q_BNF, circle), self.rotated(kv, key_circle)
+      turns = Turns()
+    qkv = q_BNF, kv.key, kv.value
+    how = self.config, self.head_size
     with jax.named_scope('attend'):
       if over == 'cache':
-        o_BNHK = sharded_attention.attend_cache(self.config, *qkv, mask)
+        o_BNF = sharded_attention.attend_cache(*how, *qkv, mask, turns)
       else:
         axes = {
           'inputs': sharded_attention.INPUTS,
           'latents': sharded_attention.LATENTS,
         }
-        o_BNHK = sharded_attention.attend(
-          self.config, *qkv, mask, key_circle, axes[over]
-        )
-    return latents(self.out(o_BNHK))
+        o_BNF = sharded_attention.attend(*how, *qkv, mask, turns, axes[over])
+    return latents(self.out(o_BNF))
 
   @property
   def _num_rotated(self) -> int:
     return int(self.config.rotary_head_fraction * self.num_heads)
 
-  def _rotate(self, x_BTHK: jax.Array, circle: Circle) -> jax.Array:
-    return rotation.rotate(x_BTHK, circle, self._num_rotated)
+  def _rotate(self, x_BTF: jax.Array, circle: Circle) -> jax.Array:
+    x_BTHK = x_BTF.reshape(*x_BTF.shape[:2], self.num_heads, self.head_size)
+    x_BTHK = rotation.rotate(x_BTHK, circle, self._num_rotated)
+    return x_BTHK.reshape(x_BTF.shape)
 
 
 class Mlp(nn.Module):
@@ -247,13 +299,14 @@ class CrossBlock(nn.Module):
     gradient is a scatter-add into the table and one small matmul.
     """
     x_1VE = self.input_norm(x_VE[None])
-    kv = self.attention.keys_values(x_1VE, (None, None, 'heads', 'kv'))
+    kv = self.attention.keys_values(x_1VE, (None, None, 'heads'))
+    V = x_VE.shape[0]
+    ids_BM = jnp.where(inside(tokens_BM, V), tokens_BM, V)
 
-    def take(x_1VHK: jax.Array) -> jax.Array:
-      _, V, H, K = x_1VHK.shape
-      x_BMF = rows(x_1VHK.reshape(V, H * K), tokens_BM)
-      x_BMHK = x_BMF.reshape(*tokens_BM.shape, H, K)
-      return constrain(x_BMHK, sharded_attention.INPUTS)
+    def take(x_1VF: jax.Array) -> jax.Array:
+      # A row more costs less than to go over all that is found.
+      table_VF = jnp.pad(x_1VF[0], ((0, 1), (0, 0)), constant_values=jnp.nan)
+      return constrain(rows(table_VF, ids_BM), sharded_attention.INPUTS)
 
     return jax.tree.map(take, kv)
 

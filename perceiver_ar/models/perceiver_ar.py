@@ -70,7 +70,9 @@ class Embed(nn.Module):
       (rows, self.config.embed_width),
     )
     table = layers.gather(table, axes, 'float32')
-    return layers.rows(table, ids_BM)
+    found_BME = layers.rows(table, ids_BM)
+    is_inside_BM1 = layers.inside(ids_BM, rows)[..., None]
+    return jnp.where(is_inside_BM1, found_BME, jnp.nan)
 
 
 class Logits(nn.Module):

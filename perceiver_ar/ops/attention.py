@@ -6,7 +6,8 @@ in float32, and zero for a query that sees none. Two of them, `chunked` and
 pass that takes them, so that keys may be split over devices
 (`context_parallel`); the gradient of the pair is defined here.
 
-Letters: B batch, N queries, M keys, H heads, K head size.
+Heads share the last axis, as projections make them. Letters: B batch,
+N queries, M keys, H heads, K head size, F = H*K.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar.errors import UserError
-from perceiver_ar.ops import chunked, flash, rotation
+from perceiver_ar.ops import chunked, flash, flash_delta, rotation
 from perceiver_ar.ops.masks import Mask, visible
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turn, Turns
 
 _PAIRS = ('chunked', 'flash')
 
@@ -32,12 +33,19 @@ class Kernel:
   Attributes:
     name: 'reference', 'chunked', 'flash' or 'cudnn'.
     block: keys per block of 'chunked'; any size, M need not divide by it.
+    head_size: K.
     interpret: run 'flash' without a TPU, slowly.
   """
 
   name: str
   block: int
+  head_size: int
   interpret: bool
+
+  @property
+  def scale(self) -> float:
+    """Of the scores."""
+    return self.head_size**-0.5
 
   @property
   def can_split_keys(self) -> bool:
@@ -77,96 +85,121 @@ def choose(
     raise UserError(
       'model.attention flash is for TPU, and this is gpu; use auto'
     )
-  return Kernel(name, block, interpret=platform != 'tpu')
+  return Kernel(name, block, head_size, interpret=platform != 'tpu')
 
 
 def attend(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   kernel: Kernel,
 ) -> jax.Array:
-  """Multi-head attention, [B, N, H, K] of the queries' type.
+  """Multi-head attention, [B, N, F] of the queries' type.
 
   Args:
-    q_BNHK: queries, rotated but not yet scaled.
-    k_BMHK: keys, not yet rotated.
-    v_BMHK: values.
+    q_BNF: queries, neither rotated nor scaled.
+    k_BMF: keys, not rotated.
+    v_BMF: values.
     mask: which keys a query sees.
-    turn: the rotation of the keys of all heads.
+    turns: the rotations, of all heads.
     kernel: how it is computed.
   """
-  q_BNHK = scaled(q_BNHK)
   if kernel.name in _PAIRS:
-    return _attend(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
-  k_BMHK = _rotated(k_BMHK, turn)
+    return _attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
+  q_BNF, k_BMF = _rotated(q_BNF, k_BMF, turns, kernel)
+  q_BNHK, k_BMHK, v_BMHK = (_heads(x, kernel) for x in (q_BNF, k_BMF, v_BMF))
   if kernel.name == 'cudnn':
-    return _cudnn(q_BNHK, k_BMHK, v_BMHK, mask)
+    return _flat(_cudnn(q_BNHK, k_BMHK, v_BMHK, mask))
   assert kernel.name == 'reference', kernel
-  return reference(q_BNHK, k_BMHK, v_BMHK, mask)
+  return _flat(reference(q_BNHK, k_BMHK, v_BMHK, mask))
 
 
-def scaled(q_BNHK: jax.Array) -> jax.Array:
-  return q_BNHK * q_BNHK.shape[-1] ** -0.5
+def _rotated(
+  q_BNF: jax.Array, k_BMF: jax.Array, turns: Turns, kernel: Kernel
+) -> tuple[jax.Array, jax.Array]:
+  """Queries, also scaled, and keys."""
+  q_BNF = _turned(q_BNF, turns.queries, kernel) * kernel.scale
+  return q_BNF, _turned(k_BMF, turns.keys, kernel)
 
 
-def _rotated(x_BMHK: jax.Array, turn: Turn | None) -> jax.Array:
-  return rotation.rotate(x_BMHK, turn, x_BMHK.shape[2])
+def _turned(x_BTF: jax.Array, turn: Turn | None, kernel: Kernel) -> jax.Array:
+  x_BTHK = _heads(x_BTF, kernel)
+  return _flat(rotation.rotate(x_BTHK, turn, x_BTHK.shape[2]))
+
+
+def _heads(x_BTF: jax.Array, kernel: Kernel) -> jax.Array:
+  return x_BTF.reshape(*x_BTF.shape[:2], -1, kernel.head_size)
+
+
+def _flat(x_BTHK: jax.Array) -> jax.Array:
+  return x_BTHK.reshape(*x_BTHK.shape[:2], -1)
 
 
 def forward(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   kernel: Kernel,
 ) -> tuple[jax.Array, jax.Array]:
-  """Outputs [B, N, H, K] of scaled queries, and log-sum-exps [B, H, N]."""
+  """Outputs [B, N, F], and log-sum-exps [B, H, N] float32."""
   if kernel.name == 'flash':
     return flash.forward(
-      q_BNHK, k_BMHK, v_BMHK, mask, turn, interpret=kernel.interpret
+      *(q_BNF, k_BMF, v_BMF, mask, turns, kernel.head_size),
+      interpret=kernel.interpret,
     )
   assert kernel.name == 'chunked', kernel
-  k_BMHK = _rotated(k_BMHK, turn)
-  return chunked.forward(q_BNHK, k_BMHK, v_BMHK, mask, kernel.block)
+  q_BNF, k_BMF = _rotated(q_BNF, k_BMF, turns, kernel)
+  out_BNHK, lse_BHN = chunked.forward(
+    _heads(q_BNF, kernel), k_BMF, v_BMF, mask, kernel.block
+  )
+  return _flat(out_BNHK), lse_BHN
 
 
 def backward(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   kernel: Kernel,
   lse_BHN: jax.Array,
   delta_BHN: jax.Array,
-  dout_BNHK: jax.Array,
+  dout_BNF: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Gradients of scaled queries, keys before their rotation, and values.
+  """Gradients of queries, keys and values, as `attend` takes them.
 
   Probabilities are taken from `lse_BHN` and their mean gradients from
   `delta_BHN`, which may be of more keys than are here.
   """
-  rest = lse_BHN, delta_BHN, dout_BNHK
   if kernel.name == 'flash':
     return flash.backward(
-      q_BNHK, k_BMHK, v_BMHK, mask, turn, *rest, interpret=kernel.interpret
+      *(q_BNF, k_BMF, v_BMF, mask, turns, kernel.head_size),
+      *(lse_BHN, delta_BHN, dout_BNF),
+      interpret=kernel.interpret,
     )
   assert kernel.name == 'chunked', kernel
-  k_BMHK = _rotated(k_BMHK, turn)
-  dq_BNHK, dk_BMHK, dv_BMHK = chunked.backward(
-    q_BNHK, k_BMHK, v_BMHK, mask, kernel.block, *rest
+  q_BNF, k_BMF = _rotated(q_BNF, k_BMF, turns, kernel)
+  q_BNHK, dout_BNHK = (_heads(x, kernel) for x in (q_BNF, dout_BNF))
+  dq_BNHK, dk_BMF, dv_BMF = chunked.backward(
+    *(q_BNHK, k_BMF, v_BMF, mask, kernel.block),
+    *(lse_BHN, delta_BHN, dout_BNHK),
   )
-  return dq_BNHK, _rotated(dk_BMHK, turn and turn.back()), dv_BMHK
+  dq_BNF, dk_BMF = _rotated(_flat(dq_BNHK), dk_BMF, turns.back(), kernel)
+  return dq_BNF, dk_BMF, dv_BMF
 
 
-def delta(out_BNHK: jax.Array, dout_BNHK: jax.Array) -> jax.Array:
+def delta(out_BNF: jax.Array, dout_BNF: jax.Array, kernel: Kernel) -> jax.Array:
   """Inner products of outputs and their gradients, [B, H, N] float32."""
-  product_BNHK = out_BNHK.astype(jnp.float32) * dout_BNHK
-  return product_BNHK.sum(-1).transpose(0, 2, 1)
+  if kernel.name == 'flash':
+    return flash_delta.delta(
+      out_BNF, dout_BNF, kernel.head_size, interpret=kernel.interpret
+    )
+  product_BNF = out_BNF.astype(jnp.float32) * dout_BNF
+  return _heads(product_BNF, kernel).sum(-1).transpose(0, 2, 1)
 
 
 def named(x: jax.Array) -> jax.Array:
@@ -176,38 +209,38 @@ def named(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   kernel: Kernel,
 ) -> jax.Array:
-  return forward(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)[0]
+  return forward(q_BNF, k_BMF, v_BMF, mask, turns, kernel)[0]
 
 
 def _attend_forward(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
   kernel: Kernel,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-  out_BNHK, lse_BHN = forward(q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel)
-  out_BNHK, lse_BHN = named(out_BNHK), named(lse_BHN)
-  return out_BNHK, (q_BNHK, k_BMHK, v_BMHK, mask, turn, out_BNHK, lse_BHN)
+  out_BNF, lse_BHN = forward(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
+  out_BNF, lse_BHN = named(out_BNF), named(lse_BHN)
+  return out_BNF, (q_BNF, k_BMF, v_BMF, mask, turns, out_BNF, lse_BHN)
 
 
 def _attend_backward(
-  kernel: Kernel, kept: tuple[Any, ...], dout_BNHK: jax.Array
+  kernel: Kernel, kept: tuple[Any, ...], dout_BNF: jax.Array
 ) -> tuple[Any, ...]:
-  q_BNHK, k_BMHK, v_BMHK, mask, turn, out_BNHK, lse_BHN = kept
-  delta_BHN = delta(out_BNHK, dout_BNHK)
-  dq_BNHK, dk_BMHK, dv_BMHK = backward(
-    q_BNHK, k_BMHK, v_BMHK, mask, turn, kernel, lse_BHN, delta_BHN, dout_BNHK
+  q_BNF, k_BMF, v_BMF, mask, turns, out_BNF, lse_BHN = kept
+  delta_BHN = delta(out_BNF, dout_BNF, kernel)
+  dq_BNF, dk_BMF, dv_BMF = backward(
+    q_BNF, k_BMF, v_BMF, mask, turns, kernel, lse_BHN, delta_BHN, dout_BNF
   )
-  return dq_BNHK, dk_BMHK, dv_BMHK, None, None
+  return dq_BNF, dk_BMF, dv_BMF, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

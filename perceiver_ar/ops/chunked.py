@@ -8,7 +8,7 @@ block's probabilities from the log-sum-exp, as flash attention does (Dao et al.
 Blocks are counted from the last key: the first may be short, so M need not
 divide by the block, and only the blocks that reach into the last N keys
 compare positions. Letters: B batch, N queries, M keys, H heads, K head size,
-C keys of a block.
+F = H*K, C keys of a block.
 """
 
 import functools
@@ -55,10 +55,19 @@ def _over_blocks(
   return jax.lax.fori_loop(num_open, whole, step(causal=True), carry)
 
 
-def _block(x_BMHK: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
+def _block(
+  x_BMF: jax.Array, first: jax.Array | int, size: int, num_heads: int
+) -> jax.Array:
   """Keys or values of a block, heads before keys as the matmuls want them."""
-  x_BCHK = jax.lax.dynamic_slice_in_dim(x_BMHK, first, size, 1)
+  x_BCF = jax.lax.dynamic_slice_in_dim(x_BMF, first, size, 1)
+  x_BCHK = x_BCF.reshape(*x_BCF.shape[:2], num_heads, -1)
   return x_BCHK.transpose(0, 2, 1, 3)
+
+
+def _write(x_BMF: jax.Array, block: jax.Array, first: Any) -> jax.Array:
+  """Puts [B, C, H, K] where a block of keys is."""
+  block = block.reshape(*block.shape[:2], -1).astype(x_BMF.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(x_BMF, block, first, 1)
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -72,8 +81,8 @@ def _exp(scores: jax.Array, seen: jax.Array | None) -> jax.Array:
 
 def forward(
   q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
   block: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +90,7 @@ def forward(
 
   A query that sees no key has zeros and the lowest log-sum-exp there is.
   """
-  block = min(block, k_BMHK.shape[1])
+  block = min(block, k_BMF.shape[1])
   q_BHNK = q_BNHK.transpose(0, 2, 1, 3)
   B, H, N = q_BHNK.shape[:3]
 
@@ -89,7 +98,7 @@ def forward(
     carry: Any, first: jax.Array | int, size: int, seen: jax.Array | None
   ) -> Any:
     max_BHN1, sum_BHN1, out_BHNK = carry
-    k_BHCK, v_BHCK = (_block(x, first, size) for x in (k_BMHK, v_BMHK))
+    k_BHCK, v_BHCK = (_block(x, first, size, H) for x in (k_BMF, v_BMF))
     scores_BHNC = _dot('bhnk,bhck->bhnc', q_BHNK, k_BHCK)
     if seen is not None:
       scores_BHNC = jnp.where(seen, scores_BHNC, _LOWEST)
@@ -107,7 +116,7 @@ def forward(
     zeros(q_BHNK.shape),
   )
   max_BHN1, sum_BHN1, out_BHNK = _over_blocks(
-    mask, N, k_BMHK.shape[1], block, body, start
+    mask, N, k_BMF.shape[1], block, body, start
   )
   safe_BHN1 = jnp.where(sum_BHN1 == 0, 1.0, sum_BHN1)
   lse_BHN1 = max_BHN1 + jnp.log(safe_BHN1)
@@ -117,8 +126,8 @@ def forward(
 
 def backward(
   q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
   block: int,
   lse_BHN: jax.Array,
@@ -129,23 +138,23 @@ def backward(
 
   Args:
     q_BNHK: scaled, like all of the rest as `forward` took it.
-    k_BMHK: keys.
-    v_BMHK: values.
+    k_BMF: keys.
+    v_BMF: values.
     mask: which keys a query sees.
     block: keys per block.
     lse_BHN: of all keys that the queries see, here or on other devices.
     delta_BHN: inner products of outputs and their gradients.
     dout_BNHK: gradients of the outputs.
   """
-  block = min(block, k_BMHK.shape[1])
+  block, H = min(block, k_BMF.shape[1]), q_BNHK.shape[2]
   lse_BHN1, delta_BHN1 = lse_BHN[..., None], delta_BHN[..., None]
   q_BHNK, dout_BHNK = (x.transpose(0, 2, 1, 3) for x in (q_BNHK, dout_BNHK))
 
   def body(
     carry: Any, first: jax.Array | int, size: int, seen: jax.Array | None
   ) -> Any:
-    dq_BHNK, dk_BMHK, dv_BMHK = carry
-    k_BHCK, v_BHCK = (_block(x, first, size) for x in (k_BMHK, v_BMHK))
+    dq_BHNK, dk_BMF, dv_BMF = carry
+    k_BHCK, v_BHCK = (_block(x, first, size, H) for x in (k_BMF, v_BMF))
     scores_BHNC = _dot('bhnk,bhck->bhnc', q_BHNK, k_BHCK)
     probs_BHNC = _exp(scores_BHNC - lse_BHN1, seen)
     dprobs_BHNC = _dot('bhnk,bhck->bhnc', dout_BHNK, v_BHCK)
@@ -157,18 +166,17 @@ def backward(
     dv_BCHK = _dot(
       'bhnc,bhnk->bchk', probs_BHNC.astype(dout_BHNK.dtype), dout_BHNK
     )
-    update = jax.lax.dynamic_update_slice_in_dim
-    dk_BMHK = update(dk_BMHK, dk_BCHK.astype(dk_BMHK.dtype), first, 1)
-    dv_BMHK = update(dv_BMHK, dv_BCHK.astype(dv_BMHK.dtype), first, 1)
-    return dq_BHNK, dk_BMHK, dv_BMHK
+    dk_BMF = _write(dk_BMF, dk_BCHK, first)
+    dv_BMF = _write(dv_BMF, dv_BCHK, first)
+    return dq_BHNK, dk_BMF, dv_BMF
 
   start = (
     jnp.zeros(q_BHNK.shape, jnp.float32),
-    jnp.zeros_like(k_BMHK),
-    jnp.zeros_like(v_BMHK),
+    jnp.zeros_like(k_BMF),
+    jnp.zeros_like(v_BMF),
   )
-  dq_BHNK, dk_BMHK, dv_BMHK = _over_blocks(
-    mask, q_BNHK.shape[1], k_BMHK.shape[1], block, body, start
+  dq_BHNK, dk_BMF, dv_BMF = _over_blocks(
+    mask, q_BNHK.shape[1], k_BMF.shape[1], block, body, start
   )
   dq_BNHK = dq_BHNK.transpose(0, 2, 1, 3).astype(q_BNHK.dtype)
-  return dq_BNHK, dk_BMHK, dv_BMHK
+  return dq_BNHK, dk_BMF, dv_BMF

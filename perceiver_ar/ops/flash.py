@@ -3,10 +3,10 @@
 Perceiver AR attends N latents (hundreds or thousands) to M inputs (up to a
 million), and the kernels are cut to that shape:
 
-- Arrays stay where they are: [B, M, H, K] is read as [B, M, H*K], features on
-  lanes, so keys and values are never transposed. A block has the lanes of one
-  head, or of the fewest heads that fill whole vectors of 128 lanes. One of
-  those is selected by zeros in the other lanes of its query.
+- Arrays stay as projections make them: [B, M, F], the channels of all heads on
+  lanes, so nothing is ever transposed. A block has the lanes of one head, or of
+  the fewest heads that fill whole vectors of 128 lanes. One of those is
+  selected by zeros in the other lanes of its query.
 - The gradient of all N queries of a group, float32, fits a core's own memory
   (VMEM). So one backward kernel walks the keys once: dk and dv of a block of
   keys are complete after an inner loop over the queries, and dq stays until the
@@ -21,18 +21,18 @@ hidden from all. Query n sees the slots up to n + offset. The least and the
 greatest slot of a block of keys say which pairs of blocks to skip, and which
 need no comparison.
 
-Keys are rotated in the kernels, as a copy of all of them would cost more than
-their attention. The partner of a channel comes by a roll over the lanes, and
-cosines and sines share one table, [B or 1, M, W]: each head of a group has R
-lanes of cosines, R of sines and K - 2R of zeros.
+Queries and keys are rotated in the kernels, as a copy of all keys would cost
+more than their attention. The partner of a channel comes by a roll over the
+lanes, and cosines and sines share one table, [B, M, W]: each head of a group
+has R lanes of cosines, R of sines and K - 2R of zeros.
 
 Letters: B batch, N queries, M keys, H heads, K head size, F = H*K; U groups of
 G heads, W = G*K lanes of a group; Q queries of a block, C keys of a block; R
-pairs of rotated channels.
+pairs of rotated channels; T is Q or C.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,37 +40,38 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from perceiver_ar.ops import flash_blocks
+from perceiver_ar.ops import flash_arrays, flash_blocks
 from perceiver_ar.ops.flash_blocks import Plan
 from perceiver_ar.ops.masks import Mask
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turns
 
 _LOWEST = -1e30  # the log-sum-exp of nothing
 _HIDDEN = 2 * _LOWEST  # so far below that exp(_HIDDEN - _LOWEST) is exactly 0
-_NEVER = jnp.iinfo(jnp.int32).max  # the slot of a key that no query sees
 
 
 def forward(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
+  head_size: int,
   *,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of queries, rotated and scaled, to keys that `turn` rotates.
+  """Attention of queries, which are rotated and scaled here, to keys.
 
   Returns:
-    The output, [B, N, H, K] of q's type, and the log-sum-exp of the visible
+    The output, [B, N, F] of q's type, and the log-sum-exp of the visible
     scores, [B, H, N] float32. A query that sees no key gets 0 and -1e30.
   """
-  plan = flash_blocks.choose(q_BNHK, k_BMHK, mask, turn, backward=False)
+  plan = flash_blocks.choose(
+    q_BNF, k_BMF, mask, turns, head_size, backward=False
+  )
   slot, query, key, stat = _specs(plan)
-  bounds, slots_B1M = _key_slots(mask, plan)
-  k_BMF, v_BMF = _flat(k_BMHK, 1), _flat(v_BMHK, 1)
+  bounds, slots_B1M = flash_arrays.key_slots(mask, plan)
   G, Q, W = plan.heads, plan.queries, plan.width
-  q_BNF = _flat(q_BNHK, Q)
+  q_BNF = flash_arrays.whole(q_BNF, Q)
   lse_BUGN = jax.ShapeDtypeStruct(
     (plan.batch, plan.num_groups, G, q_BNF.shape[1]), jnp.float32
   )
@@ -80,40 +81,45 @@ def forward(
     bounds,
     [
       *[(slots_B1M, slot), (q_BNF, query), (k_BMF, key), (v_BMF, key)],
-      *_table(turn, plan),
+      *_tables(turns, plan, q_BNF.dtype),
     ],
     [(q_BNF, query), (lse_BUGN, stat)],
     [(G, Q), (G, Q), (W, Q)],
     interpret,
   )
-  out_BNHK = out_BNF[:, : plan.num_queries].reshape(q_BNHK.shape)
   lse_BHN = lse_BUGN.reshape(plan.batch, -1, q_BNF.shape[1])
-  return out_BNHK, lse_BHN[:, :, : plan.num_queries]
+  N = plan.num_queries
+  return out_BNF[:, :N], lse_BHN[:, :, :N]
 
 
 def backward(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
-  v_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
+  v_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
+  head_size: int,
   lse_BHN: jax.Array,
   delta_BHN: jax.Array,
-  dout_BNHK: jax.Array,
+  dout_BNF: jax.Array,
   *,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The gradients of q, k before its rotation and v, in their types.
+  """The gradients of q and k before their rotations and of v, in their types.
 
   Where the keys are a shard of all keys, lse, the output and its gradient dout
   are those of all; delta is the sum over K of output * dout, in float32.
   """
-  plan = flash_blocks.choose(q_BNHK, k_BMHK, mask, turn, backward=True)
+  plan = flash_blocks.choose(
+    q_BNF, k_BMF, mask, turns, head_size, backward=True
+  )
   slot, query, key, stat = _specs(plan)
-  bounds, slots_B1M = _key_slots(mask, plan)
-  k_BMF, v_BMF = _flat(k_BMHK, 1), _flat(v_BMHK, 1)
+  bounds, slots_B1M = flash_arrays.key_slots(mask, plan)
   C, Q, W = plan.keys, plan.queries, plan.width
-  q_BNF, dout_BNF = _flat(q_BNHK, Q), _flat(dout_BNHK.astype(q_BNHK.dtype), Q)
+  q_BNF, dout_BNF = (
+    flash_arrays.whole(q_BNF, Q),
+    flash_arrays.whole(dout_BNF.astype(q_BNF.dtype), Q),
+  )
   # Written during the last keys only; until then the first block waits.
   last = plan.key_blocks - 1
   dq = pl.BlockSpec(
@@ -125,21 +131,21 @@ def backward(
     bounds,
     [
       *[(slots_B1M, slot), (q_BNF, query), (k_BMF, key), (v_BMF, key)],
-      *[(_stats(x, plan), stat) for x in (lse_BHN, delta_BHN)],
+      *[(flash_arrays.stats(x, plan), stat) for x in (lse_BHN, delta_BHN)],
       (dout_BNF, query),
-      *_table(turn, plan),
+      *_tables(turns, plan, q_BNF.dtype),
     ],
     [(q_BNF, dq), (k_BMF, key), (v_BMF, key)],
     [(plan.query_blocks, W, Q), (C, W), (C, W)],
     interpret,
   )
-  dq_BNHK = dq_BNF[:, : plan.num_queries].reshape(q_BNHK.shape)
-  return dq_BNHK, dk_BMF.reshape(k_BMHK.shape), dv_BMF.reshape(v_BMHK.shape)
+  return dq_BNF[:, : plan.num_queries], dk_BMF, dv_BMF
 
 
 def _forward_kernel(plan: Plan, *refs: Any) -> None:
   *bounds, slots, q, k, v = refs[:6]
-  *table, out, lse, top, total, acc = refs[6:]
+  *tables, out, lse, top, total, acc = refs[6:]
+  q_table, k_table = tables or (None, None)
   j, i = pl.program_id(2), pl.program_id(3)
 
   @pl.when(i == 0)
@@ -149,13 +155,14 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
     acc[...] = jnp.zeros_like(acc)
 
   def step(masked: bool) -> None:
-    turned_CW = _turned(k[0], table, plan, back=False)
+    q_QW = _turned(q[0], q_table, plan, scale=plan.scale)
+    turned_CW = _turned(k[0], k_table, plan)
     k_CW, v_CW = (_keys(x, i, plan, masked) for x in (turned_CW, v[0]))
     seen_CQ = _seen(slots, j, plan) if masked else None
     v_WC = v_CW.T
     for h in range(plan.heads):
       one, mine = slice(h, h + 1), plan.lanes(h)
-      scores_CQ = _scores(k_CW, _head(q[0], h, plan), seen_CQ)
+      scores_CQ = _scores(k_CW, _head(q_QW, h, plan), seen_CQ)
       top_1Q = jnp.maximum(top[one], scores_CQ.max(0, keepdims=True))
       shrink_1Q = jnp.exp(top[one] - top_1Q)
       probs_CQ = jnp.exp(scores_CQ - top_1Q)
@@ -177,10 +184,11 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
 
 def _backward_kernel(plan: Plan, *refs: Any) -> None:
   *bounds, slots, q, k, v, lse, delta, dout = refs[:9]
-  *table, dq_out, dk_out, dv_out, dq, dk, dv = refs[9:]
+  *tables, dq_out, dk_out, dv_out, dq, dk, dv = refs[9:]
+  q_table, k_table = tables or (None, None)
   i, j = pl.program_id(2), pl.program_id(3)
   # Rotated once for all queries, and kept where dk goes after the last.
-  turned = dk_out if table else k
+  turned = dk_out if tables else k
 
   @pl.when(i == 0)
   def _() -> None:
@@ -190,16 +198,17 @@ def _backward_kernel(plan: Plan, *refs: Any) -> None:
   def _() -> None:
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
-    if table:
-      turned[0] = _turned(k[0], table, plan, back=False)
+    if tables:
+      turned[0] = _turned(k[0], k_table, plan)
 
   def step(masked: bool) -> None:
     k_CW, v_CW = (_keys(x[0], i, plan, masked) for x in (turned, v))
     seen_CQ = _seen(slots, j, plan) if masked else None
     k_WC = k_CW.T
+    turned_QW = _turned(q[0], q_table, plan, scale=plan.scale)
     for h in range(plan.heads):
       one, mine = slice(h, h + 1), plan.lanes(h)
-      q_QW, dout_QW = (_head(x[0], h, plan) for x in (q, dout))
+      q_QW, dout_QW = (_head(x, h, plan) for x in (turned_QW, dout[0]))
       probs_CQ = jnp.exp(_scores(k_CW, q_QW, seen_CQ) - lse[0, 0, one])
       dv[...] += _dot(probs_CQ.astype(dout_QW.dtype), dout_QW, (1, 0))
       dprobs_CQ = _dot(v_CW, dout_QW, (1, 1)) - delta[0, 0, one]
@@ -211,13 +220,14 @@ def _backward_kernel(plan: Plan, *refs: Any) -> None:
 
   @pl.when(j == plan.query_blocks - 1)
   def _() -> None:
-    dk_CW = _turned(dk[...], table, plan, back=True)
+    dk_CW = _turned(dk[...], k_table, plan, back=True)
     dk_out[0] = dk_CW.astype(dk_out.dtype)
     dv_out[0] = dv[...].astype(dv_out.dtype)
 
   @pl.when(i == plan.key_blocks - 1)
   def _() -> None:
-    dq_out[0] = dq[j].T.astype(dq_out.dtype)
+    dq_QW = _turned(dq[j].T, q_table, plan, back=True, scale=plan.scale)
+    dq_out[0] = dq_QW.astype(dq_out.dtype)
 
 
 def _for_a_pair(
@@ -244,26 +254,39 @@ def _seen(slots: Any, j: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _turned(
-  x_CW: jax.Array, table: Sequence[Any], plan: Plan, *, back: bool
+  x_TW: jax.Array,
+  table: Any,
+  plan: Plan,
+  *,
+  back: bool = False,
+  scale: float = 1.0,
 ) -> jax.Array:
-  """Keys rotated by the angles of a table, if any, or gradients back."""
-  if not table:
-    return x_CW
+  """Queries or keys rotated by a table, if any, or gradients back; scaled."""
+  if table is None and scale == 1:
+    return x_TW
+  x32_TW = x_TW.astype(jnp.float32)
+  if table is not None:
+    x32_TW = _rotated(x32_TW, table[0].astype(jnp.float32), plan, back)
+  return (x32_TW * scale).astype(x_TW.dtype)
+
+
+def _rotated(
+  x_TW: jax.Array, table_TW: jax.Array, plan: Plan, back: bool
+) -> jax.Array:
   K, R, W = plan.head_size, plan.pairs, plan.width
   lane_1W = jax.lax.broadcasted_iota(jnp.int32, (1, W), 1) % K
   first_1W = lane_1W < R
 
-  def partners(y_CW: jax.Array) -> jax.Array:
-    left_CW, right_CW = pltpu.roll(y_CW, W - R, 1), pltpu.roll(y_CW, R, 1)
-    return jnp.where(first_1W, left_CW, right_CW)
+  def partners(y_TW: jax.Array) -> jax.Array:
+    left_TW, right_TW = pltpu.roll(y_TW, W - R, 1), pltpu.roll(y_TW, R, 1)
+    return jnp.where(first_1W, left_TW, right_TW)
 
-  x32_CW, table_CW = x_CW.astype(jnp.float32), table[0][0]
-  other_CW = partners(table_CW)
-  cos_CW = jnp.where(first_1W, table_CW, other_CW)
-  sin_CW = jnp.where(first_1W, other_CW, table_CW)
-  sin_CW = jnp.where(first_1W ^ back, -sin_CW, sin_CW)
-  turned_CW = x32_CW * cos_CW + partners(x32_CW) * sin_CW
-  return jnp.where(lane_1W < 2 * R, turned_CW, x32_CW).astype(x_CW.dtype)
+  other_TW = partners(table_TW)
+  cos_TW = jnp.where(first_1W, table_TW, other_TW)
+  sin_TW = jnp.where(first_1W, other_TW, table_TW)
+  sin_TW = jnp.where(first_1W ^ back, -sin_TW, sin_TW)
+  turned_TW = x_TW * cos_TW + partners(x_TW) * sin_TW
+  return jnp.where(lane_1W < 2 * R, turned_TW, x_TW)
 
 
 def _keys(x_CW: jax.Array, i: Any, plan: Plan, masked: bool) -> jax.Array:
@@ -354,47 +377,20 @@ def _spec(plan: Plan, shape: tuple[int, ...], index: str) -> pl.BlockSpec:
   return pl.BlockSpec(shape, at)
 
 
-def _table(
-  turn: Turn | None, plan: Plan
+def _tables(
+  turns: Turns, plan: Plan, dtype: Any
 ) -> list[tuple[jax.Array, pl.BlockSpec]]:
-  """Cosines and sines as the lanes of a group have them, if keys rotate."""
-  if turn is None or not plan.pairs:
+  """Angles of queries and keys, if they rotate."""
+  if turns.queries is None or turns.keys is None or not plan.pairs:
     return []
-  table_BMK = jnp.concatenate([turn.cos, turn.sin], -1)
-  rest = plan.head_size - 2 * plan.pairs
-  table_BMK = jnp.pad(table_BMK, ((0, 0), (0, 0), (0, rest)))
-  table_BMW = jnp.tile(table_BMK, (1, 1, plan.heads))
-  index = '0i0' if table_BMW.shape[0] == 1 else 'bi0'
-  return [(table_BMW, _spec(plan, (1, plan.keys, plan.width), index))]
-
-
-def _key_slots(
-  mask: Mask, plan: Plan
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-  """Each block's least and greatest slot, B*blocks; all slots, [B, 1, M]."""
-  in_order_BM = jnp.arange(plan.num_keys)[None]
-  slots_BM = in_order_BM if mask.slots_BM is None else mask.slots_BM
-  if mask.start_B is not None:
-    slots_BM = jnp.where(slots_BM < mask.start_B[:, None], _NEVER, slots_BM)
-  if mask.kept_BM is not None:
-    slots_BM = jnp.where(mask.kept_BM, slots_BM, _NEVER)
-  slots_BM = jnp.broadcast_to(slots_BM, (plan.batch, plan.num_keys))
-  past = -plan.num_keys % plan.keys
-  slots_BM = jnp.pad(slots_BM, ((0, 0), (0, past)), constant_values=_NEVER)
-  slots_BM = slots_BM.astype(jnp.int32)
-  blocks_BIC = slots_BM.reshape(plan.batch, plan.key_blocks, plan.keys)
-  bounds = blocks_BIC.min(-1).ravel(), blocks_BIC.max(-1).ravel()
-  return bounds, slots_BM[:, None]
-
-
-def _flat(x: jax.Array, block: int) -> jax.Array:
-  """[B, rows, F], with zeros up to whole blocks: they change no sum."""
-  x = x.reshape(*x.shape[:2], -1)
-  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0)))
-
-
-def _stats(x_BHN: jax.Array, plan: Plan) -> jax.Array:
-  """[B, U, G, N]: a group's heads are then a whole dimension of a block."""
-  past = -plan.num_queries % plan.queries
-  x_BHN = jnp.pad(x_BHN, ((0, 0), (0, 0), (0, past)))
-  return x_BHN.reshape(-1, plan.num_groups, plan.heads, x_BHN.shape[-1])
+  query = flash_arrays.table(turns.queries, plan, dtype)
+  return [
+    (
+      flash_arrays.whole(query, plan.queries),
+      _spec(plan, (1, plan.queries, plan.width), 'bj0'),
+    ),
+    (
+      flash_arrays.table(turns.keys, plan, dtype),
+      _spec(plan, (1, plan.keys, plan.width), 'bi0'),
+    ),
+  ]

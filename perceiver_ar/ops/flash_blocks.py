@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops.masks import Mask
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turns
 
 _LANES = 128
 _SIZES = (1024, 512, 256, 128)
@@ -32,7 +32,7 @@ class Plan:
   num_groups: int  # U
   heads: int  # G
   width: int  # W
-  pairs: int  # R, 0 if keys are not rotated
+  pairs: int  # R, 0 if nothing is rotated
   itemsize: int
   backward: bool
   queries: int = 0  # Q
@@ -41,6 +41,11 @@ class Plan:
   @property
   def head_size(self) -> int:
     return self.width // self.heads
+
+  @property
+  def scale(self) -> float:
+    """Of the scores."""
+    return self.head_size**-0.5
 
   @property
   def query_blocks(self) -> int:
@@ -55,9 +60,9 @@ class Plan:
     """Bytes: inputs and outputs (twice, to overlap copies), sums, scores."""
     split = 12 if self.itemsize == 4 else 0  # float32 is multiplied in parts
     kept = 4 * self.query_blocks if self.backward else 0
-    turned = 8 if self.pairs else 0
+    turned = 2 * self.itemsize if self.pairs else 0
     per_key = self.keys * (8 * self.itemsize + 16 + split + turned)
-    per_query = self.queries * (6 * self.itemsize + 8 + split + kept)
+    per_query = self.queries * (6 * self.itemsize + 8 + split + turned + kept)
     scores = self.queries * self.keys * (16 + split)
     width = self.width + -self.width % _LANES
     return scores + (per_key + per_query) * width
@@ -73,22 +78,25 @@ class Plan:
 
 
 def choose(
-  q_BNHK: jax.Array,
-  k_BMHK: jax.Array,
+  q_BNF: jax.Array,
+  k_BMF: jax.Array,
   mask: Mask,
-  turn: Turn | None,
+  turns: Turns,
+  head_size: int,
   *,
   backward: bool,
 ) -> Plan:
   """The largest blocks that should fit."""
-  (B, N, H, K), M = q_BNHK.shape, k_BMHK.shape[1]
-  assert q_BNHK.dtype == k_BMHK.dtype, (q_BNHK.dtype, k_BMHK.dtype)
-  filling = [g for g in range(1, H) if H % g == 0 and g * K % _LANES == 0]
-  G = filling[0] if filling else H
+  (B, N, F), M, K = q_BNF.shape, k_BMF.shape[1], head_size
+  H = F // K
+  assert q_BNF.dtype == k_BMF.dtype, (q_BNF.dtype, k_BMF.dtype)
+  assert (turns.queries is None) == (turns.keys is None)
+  assert turns.keys is None or len(turns.keys.sin) == B
+  G = heads_of_a_group(H, K)
   sizes = Plan(
     *(mask.offset, B, N, M, H // G, G, G * K),
-    pairs=0 if turn is None else turn.sin.shape[-1],
-    itemsize=q_BNHK.dtype.itemsize,
+    pairs=0 if turns.keys is None else turns.keys.sin.shape[-1],
+    itemsize=q_BNF.dtype.itemsize,
     backward=backward,
   )
   plans = [
@@ -102,6 +110,12 @@ def choose(
     f'flash attention of {N} latents with heads of {K} does not fit a TPU '
     "core's own memory: use fewer latents or smaller heads"
   )
+
+
+def heads_of_a_group(H: int, K: int) -> int:
+  """The fewest that fill whole lanes, or all."""
+  filling = [g for g in range(1, H) if H % g == 0 and g * K % _LANES == 0]
+  return filling[0] if filling else H
 
 
 def _even(size: int, block: int) -> int:

@@ -20,7 +20,7 @@ class Turn:
   """The angles of some positions, which are constants: they get no gradient.
 
   Attributes:
-    sin: [B or 1, T, R] float32, R <= K / 2.
+    sin: [B, T, R] float32, R <= K / 2.
     cos: of the same.
   """
 
@@ -30,6 +30,23 @@ class Turn:
   def back(self) -> 'Turn':
     """The rotation that undoes this one, its transpose."""
     return Turn(-self.sin, self.cos)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """What attention rotates; None what it does not, or what is rotated already.
+
+  Attributes:
+    queries: of T = N positions.
+    keys: of T = M positions.
+  """
+
+  queries: Turn | None = None
+  keys: Turn | None = None
+
+  def back(self) -> 'Turns':
+    return Turns(*(turn and turn.back() for turn in (self.queries, self.keys)))
 
 
 def rotate(x_BTHK: jax.Array, turn: Turn | None, num_heads: int) -> jax.Array:

@@ -22,6 +22,7 @@ class Work:
   Attributes:
     matmul: outside of kernels.
     kernel: in Pallas kernels, blocks that masks skip included.
+    moved: bytes, not operations: in and out of kernels that multiply nothing.
     again: of both, what is computed a second time for the backward pass; what
       attention computes again by itself is not known.
   """
@@ -29,16 +30,20 @@ class Work:
   matmul: float
   kernel: float
   again: float
+  moved: float = 0.0
 
   def __add__(self, other: 'Work') -> 'Work':
     return Work(
       self.matmul + other.matmul,
       self.kernel + other.kernel,
       self.again + other.again,
+      self.moved + other.moved,
     )
 
   def times(self, n: float) -> 'Work':
-    return Work(n * self.matmul, n * self.kernel, n * self.again)
+    return Work(
+      n * self.matmul, n * self.kernel, n * self.again, n * self.moved
+    )
 
   @property
   def total(self) -> float:
@@ -104,6 +109,9 @@ def _equation(equation: Any, while_trips: int, is_again: bool) -> Work:
   if name == 'shard_map':
     return total.times(params['mesh'].size)  # none of ours leaves axes out
   if name == 'pallas_call':
+    if not total.total:
+      arrays = [v.aval for v in (*equation.invars, *equation.outvars)]
+      return Work(0.0, 0.0, 0.0, sum(a.size * a.dtype.itemsize for a in arrays))
     steps = math.prod(params['grid_mapping'].grid)
     return Work(0.0, steps * total.total, steps * total.again)
   return total

@@ -162,7 +162,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
   else:
     yield (
       f'  matmul and data movement: cycles expected by the compiler at '
-      f'{chip.clock_hz / 1e9:.4g} GHz'
+      f'{chip.clock_hz / 1e9:.4g} GHz;\n  of what it says none (gathers, '
+      f'scatters, sorts): bytes at {chip.hbm_bandwidth / 1e9:,.0f} GB/s'
     )
   peak = chip.peak_flops[plan.config.model.dtype]
   yield (

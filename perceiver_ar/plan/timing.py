@@ -1,9 +1,10 @@
 """How long a step would take, by what it is spent on.
 
 On TPU the compiler has written the cycles that it expects into the module. It
-has none for kernels, whose operations are counted instead, and for collectives
-those of no contention, so that bytes over bandwidth are used. Nothing is
-assumed to overlap: the sum is what a step takes if it does not.
+has none for kernels, whose operations are counted instead, and none for
+gathers, scatters and sorts; for collectives it has those of no contention. Of
+these, bytes over bandwidth are used. Nothing is assumed to overlap: the sum is
+what a step takes if it does not.
 """
 
 from typing import Any
@@ -55,46 +56,45 @@ def estimate(
   """
   peak = chip.peak_flops[dtype] * num_devices
   kernel = work.kernel / (peak * KERNEL_EFFICIENCY)
-  if chip.platform == 'cpu':
-    matmul = work.matmul / peak
-    moved = _moved_bytes(module, default_trips) / chip.hbm_bandwidth
-  else:
-    cycles = _cycles(module, default_trips)
-    matmul, moved = (
-      cycles[has_dot] / chip.clock_hz for has_dot in (True, False)
-    )
+  cycles, num_bytes = _costs(module, default_trips)
+  moved = work.moved / num_devices + num_bytes
   seconds: dict[str, float] = {
-    'matmul': matmul,
+    'matmul': cycles[True] / chip.clock_hz,
     'attention_kernel': kernel,
-    'data_movement': moved,
+    'data_movement': cycles[False] / chip.clock_hz + moved / chip.hbm_bandwidth,
     'collectives': sum(row.seconds for row in sent),
   }
+  if chip.platform == 'cpu':
+    seconds['matmul'] = work.matmul / peak
   return seconds | {'total': sum(seconds.values())}
 
 
-def _cycles(module: Module, default_trips: int) -> dict[bool, int]:
-  """Cycles of what has a matmul in it, and of what has none."""
-  cycles = {True: 0, False: 0}
-  for _, instruction, times in module.runs(default_trips):
-    if instruction.cycles is None or _is_elsewhere(module, instruction):
-      continue
-    cycles[has_dot(module, instruction)] += times * instruction.cycles
-  return cycles
+def _costs(module: Module, default_trips: int) -> tuple[dict[bool, int], int]:
+  """Cycles of what has a matmul in it and of what has none; and bytes.
 
-
-def _moved_bytes(module: Module, default_trips: int) -> int:
-  """Read and written by all instructions that do not multiply matrices."""
-  total = 0
+  Bytes are those read and written by all that has no matmul and of which the
+  compiler says no cycles: everything on CPU; gathers, scatters, sorts on TPU.
+  """
+  cycles, num_bytes = {True: 0, False: 0}, 0
   for name, instruction, times in module.runs(default_trips):
-    if _is_elsewhere(module, instruction) or has_dot(module, instruction):
+    if _is_elsewhere(module, instruction):
       continue
-    body = module.computations[name]
-    read = [body[n] for n in instruction.operand_names if n in body]
-    arrays = [a for i in (instruction, *read) for a in i.arrays]
-    # A slice of a stacked array is read by itself, not with all the others.
-    most = max((a.num_bytes for a in instruction.arrays), default=0)
-    total += times * sum(min(a.num_bytes, 2 * most) for a in arrays)
-  return total
+    if instruction.cycles is not None:
+      cycles[has_dot(module, instruction)] += times * instruction.cycles
+    elif not has_dot(module, instruction):
+      num_bytes += times * _moved_bytes(module, name, instruction)
+  return cycles, num_bytes
+
+
+def _moved_bytes(
+  module: Module, computation: str, instruction: Instruction
+) -> int:
+  body = module.computations[computation]
+  read = [body[n] for n in instruction.operand_names if n in body]
+  arrays = [a for i in (instruction, *read) for a in i.arrays]
+  # A slice of a stacked array is read by itself, not with all the others.
+  most = max((a.padded_bytes for a in instruction.arrays), default=0)
+  return sum(min(a.padded_bytes, 2 * most) for a in arrays)
 
 
 def has_dot(module: Module, instruction: Instruction) -> bool:
@@ -109,6 +109,7 @@ def _is_elsewhere(module: Module, instruction: Instruction) -> bool:
   opcode: Any = instruction.opcode
   return (
     opcode in _FREE
+    or '"tpu_custom_call"' in instruction.attributes  # counted in the trace
     or opcode.endswith(('-start', '-done'))
     # A matmul may have a part of a collective fused into it.
     or (

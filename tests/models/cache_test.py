@@ -147,8 +147,8 @@ def test_a_ring_keeps_the_last_inputs_in_their_rows():
 def test_a_cache_has_the_type_of_compute():
   cache = cache_lib.empty(make_model(dtype='bfloat16'), 2, _M, _N)
   assert cache.inputs.key.dtype == cache.latents.value.dtype == jnp.bfloat16
-  assert cache.inputs.key.shape == (2, _M, 2, 8)
-  assert cache.latents.key.shape == (2, 2, _N, 2, 8)
+  assert cache.inputs.key.shape == (2, _M, 16)
+  assert cache.latents.key.shape == (2, 2, _N, 16)
 
 
 @pytest.mark.parametrize('name', POSITIONS)

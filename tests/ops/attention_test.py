@@ -10,6 +10,7 @@ import pytest
 
 from perceiver_ar.ops import attention
 from perceiver_ar.ops.masks import Mask, visible
+from perceiver_ar.ops.rotation import Turns
 
 _B, _H, _K = 3, 2, 4
 
@@ -26,7 +27,7 @@ _SIZES = [
 
 def _arrays(N, M, dtype='float32', seed=0):
   rng = np.random.default_rng(seed)
-  shapes = [(_B, N, _H, _K), (_B, M, _H, _K), (_B, M, _H, _K), (_B, N, _H, _K)]
+  shapes = [(_B, size, _H * _K) for size in (N, M, M, N)]
   return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
@@ -52,10 +53,10 @@ def _mask(N, M, names):
 def _run(q, k, v, dout, mask, implementation, block):
   """Values, and the gradients of <dout, values>."""
 
-  kernel = attention.Kernel(implementation, block, interpret=True)
+  kernel = attention.Kernel(implementation, block, _K, interpret=True)
 
   def attend(q, k, v):
-    return attention.attend(q, k, v, mask, None, kernel)
+    return attention.attend(q, k, v, mask, Turns(), kernel)
 
   out, vjp = jax.vjp(attend, q, k, v)
   return out, *vjp(dout)
@@ -113,7 +114,7 @@ def test_hidden_keys_have_exactly_no_influence(implementation):
   mask = _mask(N, M, 'start kept')
   seen = visible(mask, N, 0, M)
   assert seen is not None
-  hidden = ~np.asarray(seen.any((1, 2)))[..., None, None]
+  hidden = ~np.asarray(seen.any((1, 2)))[..., None]
   other = [jnp.where(hidden, 1e4, x) for x in (k, v)]
   want = _run(q, k, v, dout, mask, implementation, 5)
   got = _run(q, *other, dout, mask, implementation, 5)
@@ -135,12 +136,12 @@ def test_scores_too_large_for_exp_stay_finite():
 def _temporaries(M, backward):
   """Bytes of temporaries at N=1,024 with 8 heads of 64; nothing is run."""
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  q, kv = shape((1, 1024, 8, 64)), shape((1, M, 8, 64))
+  q, kv = shape((1, 1024, 512)), shape((1, M, 512))
 
   def forward(q, k, v, start):
     mask = Mask(offset=M - 1024, start_B=start)
-    kernel = attention.Kernel('chunked', 1024, interpret=False)
-    return attention.attend(q, k, v, mask, None, kernel)
+    kernel = attention.Kernel('chunked', 1024, 64, interpret=False)
+    return attention.attend(q, k, v, mask, Turns(), kernel)
 
   def gradients(q, k, v, start):
     loss = lambda q, k, v: forward(q, k, v, start).sum()

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from perceiver_ar.ops import flash
+from perceiver_ar.ops import attention, flash
 from perceiver_ar.ops.masks import Mask
-from perceiver_ar.ops.rotation import Turn
+from perceiver_ar.ops.rotation import Turn, Turns
 from perceiver_ar.plan import machine
 
 pytest.importorskip('libtpu')
@@ -38,25 +38,26 @@ _SIZES = {
 def _compile(
   chip: str, B: int, N: int, M: int, H: int, K: int, dtype: str, rotated: float
 ):
-  """Forward and backward, of arrays in which heads share the last axis."""
+  """Forward and backward."""
   device = machine.open_machine(f'{chip}:{_CHIPS[chip]}', 1).devices[0]
   sharding = jax.sharding.SingleDeviceSharding(device)
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
-  def both(q, k, v, dout, start, turn):
-    q, k, v, dout = (x.reshape(*x.shape[:2], H, K) for x in (q, k, v, dout))
-    mask = Mask(offset=M - N, start_B=start)
-    out, lse = flash.forward(q, k, v, mask, turn, interpret=False)
-    delta = (out * dout).sum(-1, dtype=jnp.float32).transpose(0, 2, 1)
-    stats = lse, delta
-    grads = flash.backward(q, k, v, mask, turn, *stats, dout, interpret=False)
-    return [x.reshape(*x.shape[:2], H * K) for x in (out, *grads)]
+  def both(q, k, v, dout, start, turns):
+    rest = Mask(offset=M - N, start_B=start), turns, K
+    out, lse = flash.forward(q, k, v, *rest, interpret=False)
+    kernel = attention.Kernel('flash', 1, K, interpret=False)
+    stats = lse, attention.delta(out, dout, kernel)
+    grads = flash.backward(q, k, v, *rest, *stats, dout, interpret=False)
+    return out, *grads
 
   q, k = (shape((B, size, H * K), jnp.dtype(dtype)) for size in (N, M))
-  angle: Any = shape((B, M, int(K * rotated) // 2), jnp.float32)
-  turn = Turn(angle, angle) if rotated else None
+  angles: list[Any] = [
+    shape((B, size, int(K * rotated) // 2), jnp.float32) for size in (N, M)
+  ]
+  turns = Turns(*(Turn(x, x) for x in angles)) if rotated else Turns()
   start = shape((B,), jnp.int32)
-  return jax.jit(both).lower(q, k, k, q, start, turn).compile()
+  return jax.jit(both).lower(q, k, k, q, start, turns).compile()
 
 
 @pytest.mark.parametrize('rotated', [0, 0.5])
