@@ -119,6 +119,33 @@ def _rules(mesh: Mesh, name: str, axes: Rules) -> Iterator[None]:
     yield
 
 
+def whole_axes(name: str) -> tuple[str, ...]:
+  """The mesh axes that rows are split over and parameters, by rules, are not.
+
+  Of those that the mesh of the context has; none without a mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  used = {m for entry in parameter_rules(name).values() for m in axes_of(entry)}
+  large = [axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1]
+  return tuple(axis for axis in large if axis not in used)
+
+
+@contextlib.contextmanager
+def by_hand(axes: Sequence[str]) -> Iterator[None]:
+  """Inside a `shard_map` over these axes: logical axes mean the others."""
+  left = [
+    (name, tuple(m for m in axes_of(entry) if m not in axes) or None)
+    for name, entry in nn.get_logical_axis_rules()
+  ]
+  with nn.logical_axis_rules(left):
+    yield
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+  """The mesh axes of an entry of rules, or of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def spec(axes: Sequence[str]) -> PartitionSpec:
   """What logical axes mean where the rules of `activations` are in force."""
   found = spmd.logical_to_mesh_axes(axes)

@@ -84,12 +84,9 @@ def num_input_shards() -> int:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
-  axes = [x for entry in partitioning.spec(INPUTS)[:2] for x in _names(entry)]
+  rows, inputs = partitioning.spec(INPUTS)[:2]
+  axes = partitioning.axes_of(rows) + partitioning.axes_of(inputs)
   return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def choose(config: ModelConfig, mesh: AbstractMesh, head_size: int) -> Kernel:
@@ -125,5 +122,6 @@ def _map(
     local,
     in_specs=(queries, keys, keys, masks, turned),
     out_specs=queries,
+    axis_names={*jax.sharding.get_abstract_mesh().auto_axes},
     check_vma=False,
   )(q_BNF, k_BMF, v_BMF, mask, turns)

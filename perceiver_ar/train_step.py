@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from perceiver_ar import losses, partitioning
 from perceiver_ar.config import Config, ModelConfig
@@ -175,7 +175,7 @@ def train_step(
     `skipped` and `num_skipped_in_a_row`.
   """
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-  grads, sums = _accumulate(state.params, batch, key, config)
+  grads, sums = accumulate(state.params, batch, key, config)
   old_params = _in_float32(state.params)
   old_opt_state = state.opt_state
   if config.optimizer.offload:
@@ -219,34 +219,62 @@ def train_step(
   return state, metrics
 
 
-def _accumulate(
+def accumulate(
   params: Params, batch: Batch, key: jax.Array, config: Config
 ) -> tuple[Params, Sums]:
-  """Gradients and sums over all microbatches."""
+  """Gradients, in float32, and sums over all microbatches.
+
+  Over mesh axes on which parameters are whole, gradients are added up when all
+  microbatches are done: once a step they cross, for one, the slow network
+  between slices. Over an axis that splits parameters every microbatch's are,
+  as no device has room for whole ones.
+  """
+  row_B = jnp.arange(len(batch['tokens']))
+  parts = batch | {'row': row_B}
+  num = config.train.num_microbatches
+  run = functools.partial(_over_microbatches, config=config)
+  axes = partitioning.whole_axes(config.mesh.rules)
+  if num == 1 or not axes:
+    return run(params, parts, key)
+
+  def local(params: Params, parts: Batch, key: jax.Array) -> Any:
+    with partitioning.by_hand(axes):
+      return jax.lax.psum(run(params, parts, key), axes)
+
+  rows, whole = PartitionSpec(axes), PartitionSpec()
+  return jax.shard_map(
+    local,
+    in_specs=(whole, rows, whole),
+    out_specs=whole,
+    axis_names=set(axes),
+    check_vma=False,
+  )(params, parts, key)
+
+
+def _over_microbatches(
+  params: Params, batch: Batch, key: jax.Array, config: Config
+) -> tuple[Params, Sums]:
   num = config.train.num_microbatches
 
-  def grad(params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+  def grad(batch: Batch) -> tuple[Params, Sums]:
     loss = functools.partial(_loss_sum, config=config)
     grads, sums = jax.grad(loss, has_aux=True)(params, batch, key)
     return _in_float32(grads), sums
 
   if num == 1:
-    return grad(params, batch, jax.random.fold_in(key, 0))
+    return grad(batch)
 
   def split(x: jax.Array) -> jax.Array:
     # Strided, so that every microbatch has rows of every device.
     return x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1)
 
-  def one(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-    micro, index = inputs
-    part = grad(params, micro, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, part), None
+  def one(total: Any, micro: Batch) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, grad(micro)), None
 
-  parts = (jax.tree.map(split, batch), jnp.arange(num))
+  parts = jax.tree.map(split, batch)
   first = jax.tree.map(lambda x: x[0], parts)
   zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(lambda m, _: grad(params, m, key), *first),
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, first)
   )
   return jax.lax.scan(one, zeros, parts)[0]
 
@@ -263,6 +291,7 @@ def _loss_sum(
     inputs_BM,
     batch['positions'],
     num_latents=N,
+    row_B=batch['row'],
     rngs={'dropout': key} if drops or model.num_kept_inputs else {},
     method=PerceiverAR.encode,
   )

@@ -62,7 +62,7 @@ def gradients(config: Config) -> Any:
       num_latents=config.model.num_latents,
     ):
       key = jax.random.key(0)
-      return train_step._accumulate(params, batch, key, config)
+      return train_step.accumulate(params, batch, key, config)
 
   shardings = jax.tree.map(lambda x: x.sharding, state.params)
   lowered = jax.jit(run, out_shardings=(shardings, None)).lower(

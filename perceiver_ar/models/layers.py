@@ -184,12 +184,25 @@ def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
   return (ids_BM >= 0) & (ids_BM < num_rows)
 
 
+def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
+  """What is random of a row is its own, whatever else is in its batch."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+
+
 class Dropout(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return nn.Dropout(self.rate, deterministic=not self.has_rng('dropout'))(x)
+  def __call__(self, x_BND: jax.Array, row_B: jax.Array | None) -> jax.Array:
+    if not self.rate or not self.has_rng('dropout'):
+      return x_BND
+    assert row_B is not None
+    keys_B = row_keys(self.make_rng('dropout'), row_B)
+    keep, shape = 1 - self.rate, x_BND.shape[1:]
+    kept_BND = jax.vmap(lambda key: jax.random.bernoulli(key, keep, shape))(
+      keys_B
+    )
+    return jnp.where(kept_BND, x_BND / keep, 0)
 
 
 class Attention(nn.Module):
@@ -321,11 +334,13 @@ class CrossBlock(nn.Module):
     key_circle: Circle,
     mask: Mask,
     over: str,
+    row_B: jax.Array | None,
   ) -> jax.Array:
     u_BND = self.query_norm(z_BND)
     u_BND = self.attention(u_BND, circle, kv, key_circle, mask, over)
-    z_BND += self.dropout(u_BND)
-    return z_BND + self.dropout(latents(self.mlp(self.mlp_norm(z_BND))))
+    z_BND += self.dropout(u_BND, row_B)
+    u_BND = latents(self.mlp(self.mlp_norm(z_BND)))
+    return z_BND + self.dropout(u_BND, row_B)
 
 
 class SelfBlock(nn.Module):
@@ -349,6 +364,7 @@ class SelfBlock(nn.Module):
     mask: Mask,
     rows_N: jax.Array | None,
     cache: KeyValue | None,
+    row_B: jax.Array | None,
   ) -> tuple[jax.Array, KeyValue | None]:
     """One layer; with a cache, new keys and values go to its rows `rows_N`."""
     z_BND = checkpoint_name(z_BND, 'layer_input')
@@ -359,7 +375,7 @@ class SelfBlock(nn.Module):
       assert rows_N is not None
       kv = cache = cache.write(rows_N, self.attention.rotated(kv, circle))
       over, key_circle = 'cache', None
-    z_BND += self.dropout(
-      self.attention(u_BND, circle, kv, key_circle, mask, over)
-    )
-    return z_BND + self.dropout(latents(self.mlp(self.mlp_norm(z_BND)))), cache
+    u_BND = self.attention(u_BND, circle, kv, key_circle, mask, over)
+    z_BND += self.dropout(u_BND, row_B)
+    u_BND = latents(self.mlp(self.mlp_norm(z_BND)))
+    return z_BND + self.dropout(u_BND, row_B), cache

@@ -120,7 +120,7 @@ class PerceiverAR(nn.Module):
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=cast(Any, (nn.broadcast, nn.broadcast, nn.broadcast, 0)),
+      in_axes=cast(Any, (*[nn.broadcast] * 3, 0, nn.broadcast)),
       length=c.num_layers,
       unroll=c.scan_unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -144,7 +144,12 @@ class PerceiverAR(nn.Module):
     return layers.constrain(logits_BNV, ('rows', 'latents', 'vocab'))
 
   def encode(
-    self, tokens_BM: jax.Array, positions_BMP: jax.Array, *, num_latents: int
+    self,
+    tokens_BM: jax.Array,
+    positions_BMP: jax.Array,
+    *,
+    num_latents: int,
+    row_B: jax.Array | None = None,
   ) -> jax.Array:
     """The last N inputs as latents, out of the last layer, [B, N, D].
 
@@ -153,6 +158,7 @@ class PerceiverAR(nn.Module):
       positions_BMP: position ids of the inputs in their document; read only
         if the config takes positions from the data.
       num_latents: N, static; may differ from training's.
+      row_B: what the randomness of a row is drawn by, if there is any.
     """
     M, N = tokens_BM.shape[1], num_latents
     assert 1 <= N <= M, (N, M)
@@ -167,16 +173,16 @@ class PerceiverAR(nn.Module):
     angles_BN = layers.constrain(angles_BM[:, -N:], latents)
     z_BND = self._first_latents(tokens_BM[:, -N:], ids_BMP[:, -N:])
 
+    mask = Mask(offset=M - N, start_B=start_B)
+    if self.has_rng('dropout'):
+      mask, tokens_BM, ids_BMP, angles_BM = self._drop_inputs(
+        mask, tokens_BM, ids_BMP, angles_BM, row_B
+      )
     # Where they are looked up, or XLA would move what it finds there.
     tokens_BM = layers.constrain(tokens_BM, inputs)
     ids_BMP = layers.constrain(ids_BMP, (*inputs, None))
     angles_BM = layers.constrain(angles_BM, inputs)
 
-    mask = Mask(offset=M - N, start_B=start_B)
-    if self.has_rng('dropout'):
-      mask, tokens_BM, ids_BMP, angles_BM = self._drop_inputs(
-        mask, tokens_BM, ids_BMP, angles_BM
-      )
     z_BND = self.cross(
       z_BND,
       self._cross_circle(angles_BN),
@@ -184,10 +190,11 @@ class PerceiverAR(nn.Module):
       self._cross_circle(angles_BM),
       mask,
       'inputs',
+      row_B,
     )
     mask = Mask(offset=0, start_B=start_B - (M - N))
     z_BND, _ = self.layers(
-      z_BND, self._self_circle(angles_BN), mask, None, None
+      z_BND, self._self_circle(angles_BN), mask, None, None, row_B
     )
     return z_BND
 
@@ -235,6 +242,7 @@ class PerceiverAR(nn.Module):
       None,
       cache_lib.inputs_mask(cache, T),
       'cache',
+      None,
     )
     z_BTD, latents = self.layers(
       z_BTD,
@@ -242,6 +250,7 @@ class PerceiverAR(nn.Module):
       cache_lib.latents_mask(cache),
       cache.num_latents + jnp.arange(T),
       cache.latents,
+      None,
     )
     logits_BV = self.logits(self.norm(z_BTD[:, -1]))
     num_latents = cache.num_latents + T
@@ -316,6 +325,7 @@ class PerceiverAR(nn.Module):
     tokens_BM: jax.Array,
     ids_BMP: jax.Array,
     angles_BM: jax.Array,
+    row_B: jax.Array | None,
   ) -> tuple[Mask, jax.Array, jax.Array, jax.Array]:
     """Hides random inputs from the cross-attend, by a mask or by not computing.
 
@@ -324,22 +334,25 @@ class PerceiverAR(nn.Module):
     projections and scores of the others.
     """
     c = self.config
-    B, M = tokens_BM.shape
+    M, P = ids_BMP.shape[1:]
     unchanged = tokens_BM, ids_BMP, angles_BM
     if not (c.input_dropout_rate or c.num_kept_inputs):
       return mask, *unchanged
-    assert mask.start_B is not None
-    key = self.make_rng('dropout')
+    assert mask.start_B is not None and row_B is not None
+    keys_B = layers.row_keys(self.make_rng('dropout'), row_B)
+    random_BM = jax.vmap(lambda key: jax.random.uniform(key, (M,)))(keys_B)
     if c.input_dropout_rate:
-      kept_BM = jax.random.bernoulli(key, 1 - c.input_dropout_rate, (B, M))
+      kept_BM = random_BM >= c.input_dropout_rate
       return dataclasses.replace(mask, kept_BM=kept_BM), *unchanged
     is_padding_BM = jnp.arange(M)[None] < mask.start_B[:, None]
-    order_BM = jnp.where(is_padding_BM, 1.0, jax.random.uniform(key, (B, M)))
+    order_BM = jnp.where(is_padding_BM, 1.0, random_BM)
     # A shorter context than training's has no more inputs than M to keep.
     _, slots_BK = jax.lax.top_k(-order_BM, min(c.num_kept_inputs, M))
     slots_BK = jnp.sort(slots_BK, axis=1)
-    take = lambda x_BM: jnp.take_along_axis(x_BM, slots_BK, axis=1)
-    ids_BKP = jnp.take_along_axis(ids_BMP, slots_BK[..., None], axis=1)
+    # Of whole rows: XLA (jaxlib 0.10.2) fails to split this one over `context`.
+    whole = lambda x: layers.constrain(x, ('batch', None))
+    take = lambda x_BM: jnp.take_along_axis(whole(x_BM), slots_BK, axis=1)
+    ids_BKP = jnp.stack([take(ids_BMP[..., p]) for p in range(P)], -1)
     mask = dataclasses.replace(mask, slots_BM=slots_BK)
     return mask, take(tokens_BM), ids_BKP, take(angles_BM)
 

@@ -107,7 +107,8 @@ def _equation(equation: Any, while_trips: int, is_again: bool) -> Work:
   if name == 'while':
     return total.times(while_trips)
   if name == 'shard_map':
-    return total.times(params['mesh'].size)  # none of ours leaves axes out
+    sizes = [params['mesh'].shape[axis] for axis in params['manual_axes']]
+    return total.times(math.prod(sizes))
   if name == 'pallas_call':
     if not total.total:
       arrays = [v.aval for v in (*equation.invars, *equation.outvars)]
