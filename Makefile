@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# All of this is for CPUs; with libtpu installed JAX would look for a TPU first.
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo demo-music demo-images demo-copy test test-all lint bench clean
 
@@ -14,6 +16,11 @@ BIN := .venv/bin
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# And the TPU compiler, which needs no TPU.
+.venv/all: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
 	touch $@
 
 demo: .venv/demo  ## train, evaluate and sample on real books, on a CPU
@@ -32,7 +39,7 @@ demo-copy: .venv/demo  ## the same on copies of 1,024 tokens
 test: .venv/dev  ## the quick tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-all: .venv/dev  ## every test, the slow ones too
+test-all: .venv/all  ## every test, the slow ones too
 	$(BIN)/pytest -n 2 --dist loadfile -m ''
 
 lint: .venv/dev  ## style, imports, types
