@@ -107,7 +107,7 @@ def _equation(equation: Any, while_trips: int, is_again: bool) -> Work:
   if name == 'while':
     return total.times(while_trips)
   if name == 'shard_map':
-    sizes = [params['mesh'].shape[axis] for axis in params['manual_axes']]
+    sizes = [params['mesh'].shape[axis] for axis in params['newly_manual_axes']]
     return total.times(math.prod(sizes))
   if name == 'pallas_call':
     if not total.total:
