@@ -9,9 +9,10 @@ Letters: B batch, N queries, M keys, F channels of all heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from perceiver_ar import partitioning
@@ -77,6 +78,26 @@ def attend_cache(
   name = 'reference' if config.attention == 'reference' else 'chunked'
   kernel = Kernel(name, config.attention_block, head_size, interpret=False)
   return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
+
+
+def row_major(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  """Keeps XLA from turning an array around, as kernels would turn it back.
+
+  On TPU, where it does. By hand, as XLA's partitioner would gather the array.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device
+  if device is None or device.platform != 'tpu':
+    return x
+  layout = Layout(tuple(range(x.ndim)))
+  where = partitioning.spec(axes)
+  return jax.shard_map(
+    lambda x: with_layout_constraint(x, layout),
+    in_specs=where,
+    out_specs=where,
+    axis_names={*mesh.auto_axes},
+    check_vma=False,
+  )(x)
 
 
 def num_input_shards() -> int:

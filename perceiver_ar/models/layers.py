@@ -146,7 +146,8 @@ def _squared_relu_jvp(
 
 def latents(z_BND: jax.Array) -> jax.Array:
   """The residual stream is whole but for its rows, or its latents."""
-  return constrain(z_BND, ('rows', 'latents', 'embed'))
+  axes = ('rows', 'latents', 'embed')
+  return sharded_attention.row_major(constrain(z_BND, axes), axes)
 
 
 @jax.custom_vjp

@@ -19,10 +19,10 @@ _NEVER = jnp.iinfo(jnp.int32).max  # the slot of a key that no query sees
 
 def table(turn: Turn, plan: Plan, dtype: Any) -> jax.Array:
   """Cosines and sines as the lanes of a group have them, [B, T, W]."""
-  table_BTK = jnp.concatenate([turn.cos, turn.sin], -1).astype(dtype)
-  rest = plan.head_size - 2 * plan.pairs
-  table_BTK = jnp.pad(table_BTK, ((0, 0), (0, 0), (0, rest)))
-  return jnp.tile(table_BTK, (1, 1, plan.heads))
+  cos, sin = turn.cos.astype(dtype), turn.sin.astype(dtype)
+  rest = jnp.zeros((*cos.shape[:2], plan.head_size - 2 * plan.pairs), dtype)
+  # In one go: XLA would copy a tiled array in every layer.
+  return jnp.concatenate([cos, sin, rest] * plan.heads, -1)
 
 
 def key_slots(
