@@ -109,7 +109,11 @@ _RATES = {
   'sample': 'top_p',
 }
 # Their complements are divided by, or have a logarithm.
-_BELOW_ONE = {'train': 'label_smoothing', 'optimizer': 'b1 b2'}
+_BELOW_ONE = {
+  'model': 'dropout_rate',
+  'train': 'label_smoothing',
+  'optimizer': 'b1 b2',
+}
 
 
 def _check_choices(config: Config) -> None:

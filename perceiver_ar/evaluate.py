@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import partitioning
+from perceiver_ar import mesh_checks, partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
@@ -87,7 +87,7 @@ class Evaluator:
     self._mesh = mesh
     self._open = -1, np.zeros((0,), np.int32)
     how = config.evaluate
-    partitioning.check_evaluate(config, mesh)
+    mesh_checks.check_evaluate(config, mesh)
     if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
       _check_endless(how.max_examples)
     lengths = documents.num_tokens

@@ -19,9 +19,8 @@ from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from perceiver_ar.config import MESH_AXES, Config, MeshConfig, ModelConfig
+from perceiver_ar.config import MESH_AXES, MeshConfig
 from perceiver_ar.errors import UserError
-from perceiver_ar.ops import attention
 
 BATCH_AXES = ('slice', 'data')
 
@@ -161,7 +160,7 @@ def latent_axes(
   Raises:
     UserError: neither divides.
   """
-  ways, context = _ways(mesh, BATCH_AXES), mesh.shape['context']
+  ways, context = num_parts(mesh, BATCH_AXES), mesh.shape['context']
   if num_rows % (ways * context) == 0:
     return (*BATCH_AXES, 'context'), None
   if num_rows % ways == 0 and num_latents % context == 0:
@@ -174,7 +173,8 @@ def latent_axes(
   )
 
 
-def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+def num_parts(mesh: Mesh, axes: Sequence[str]) -> int:
+  """How many parts these axes make together."""
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -272,7 +272,7 @@ def _spec(
   entries = [rules[axis] for axis in axes if axis is not None]
   used: set[str] = set()
   for axis, size, entry in zip(axes, shape, entries, strict=True):
-    over = (entry,) if isinstance(entry, str) else entry or ()
+    over = axes_of(entry)
     if unknown := set(over) - set(mesh.axis_names):
       raise UserError(
         f'{name}: logical axis {axis!r} goes to {sorted(unknown)[0]!r}, and '
@@ -284,7 +284,7 @@ def _spec(
         f'{sorted(used & set(over))[0]!r} twice; give one of them another rule'
       )
     used |= set(over)
-    ways = _ways(mesh, over)
+    ways = num_parts(mesh, over)
     if size % ways:
       raise UserError(
         f'{name}: axis {axis!r} of size {size} is not divisible by mesh axis '
@@ -299,8 +299,8 @@ def _check_sharded(
   name: str, shape: tuple[int, ...], used: set[str], mesh: Mesh, rules: Rules
 ) -> None:
   """Under rules that shard parameters, a large one must not be left whole."""
-  entries = [(x,) if isinstance(x, str) else x or () for x in rules.values()]
-  wanted = {m for entry in entries for m in entry if mesh.shape[m] > 1}
+  used_by_rules = {m for entry in rules.values() for m in axes_of(entry)}
+  wanted = {axis for axis in used_by_rules if mesh.shape[axis] > 1}
   if wanted and not used & wanted and math.prod(shape) >= _LARGE:
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '
@@ -335,71 +335,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
-
-
-def check_batch(key: str, size: int, mesh: Mesh, *, axes: str) -> None:
-  """Refuses a number of rows that axes, such as 'slice*data', do not divide."""
-  ways = _ways(mesh, axes.split('*'))
-  if size % ways:
-    raise UserError(
-      f'{key} {size} is not divisible by mesh axes {axes} of size {ways}; '
-      f'use a multiple of {ways}, or a smaller mesh axis'
-    )
-
-
-def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
-  """Refuses inputs that the context axis does not divide, or cannot split."""
-  context = mesh.shape['context']
-  for name, inputs in (
-    (key, size),
-    ('model.num_kept_inputs', model.num_kept_inputs),
-  ):
-    if inputs % context:
-      raise UserError(
-        f'{name} {inputs} is not divisible by mesh.context {context}; use a '
-        f'multiple of {context}, or a smaller context axis'
-      )
-  kernel = attention.choose(
-    model.attention,
-    model.attention_block,
-    platform=mesh.devices.flat[0].platform,
-    dtype=model.dtype,
-    head_size=model.embed_width // model.num_cross_heads,
-  )
-  if context > 1 and not kernel.can_split_keys:
-    raise UserError(
-      f'{kernel.name} attention cannot split its inputs over mesh.context '
-      f'{context}; set model.attention to chunked, or to flash on TPU'
-    )
-
-
-def check_train(config: Config, mesh: Mesh) -> None:
-  """Refuses a training step that the mesh does not divide."""
-  model, train = config.model, config.train
-  num_rows = train.batch_size // train.num_microbatches
-  check_batch(
-    'train.batch_size / train.num_microbatches',
-    num_rows,
-    mesh,
-    axes='slice*data',
-  )
-  check_context(model, 'model.context_length', model.context_length, mesh)
-  latent_axes(mesh, num_rows, model.num_latents)
-
-
-def check_evaluate(config: Config, mesh: Mesh) -> None:
-  """The same for evaluation, which has sizes of its own."""
-  how = config.evaluate
-  check_batch('evaluate.batch_size', how.batch_size, mesh, axes='slice*data')
-  check_context(
-    config.model, 'evaluate.context_length', how.context_length, mesh
-  )
-  latent_axes(mesh, how.batch_size, how.num_latents)
-
-
-def check_sample(config: Config, mesh: Mesh) -> None:
-  num = config.sample.num_samples
-  check_batch('sample.num_samples', num, mesh, axes='slice*data*context')
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import partitioning
+from perceiver_ar import mesh_checks, partitioning
 from perceiver_ar.config import Config, SampleConfig
 from perceiver_ar.data import layouts
 from perceiver_ar.errors import UserError
@@ -86,7 +86,7 @@ class Sampler:
     self._params = params
     self._layout = layout
     how = config.sample
-    partitioning.check_sample(config, mesh)
+    mesh_checks.check_sample(config, mesh)
     self._N, self._R = how.num_latents, how.refill_latents
     self._M = config.model.context_length
     step = _Step(config, mesh, tuple(forbidden))

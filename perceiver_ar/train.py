@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from perceiver_ar import (
   checkpoint,
   flops,
+  mesh_checks,
   metrics,
   partitioning,
   sharded_attention,
@@ -71,7 +72,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       too many steps in a row were not finite.
   """
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  partitioning.check_train(config, mesh)
+  mesh_checks.check_train(config, mesh)
   documents = pipeline.open_documents(
     config.data, 'train', seed=config.train.seed
   )

@@ -239,7 +239,9 @@ def accumulate(
 
   def local(params: Params, parts: Batch, key: jax.Array) -> Any:
     with partitioning.by_hand(axes):
-      return jax.lax.psum(run(params, parts, key), axes)
+      sums = run(params, parts, key)
+    with jax.named_scope('gradient'):
+      return jax.lax.psum(sums, axes)
 
   rows, whole = PartitionSpec(axes), PartitionSpec()
   return jax.shard_map(

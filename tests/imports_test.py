@@ -14,8 +14,8 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips',
-  'models sharded_attention partitioning optimizer losses metrics flops '
-  'checksums workdir',
+  'models sharded_attention partitioning mesh_checks optimizer losses metrics '
+  'flops checksums workdir',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'train plan report',
   'main',
@@ -29,6 +29,7 @@ _ALSO = {
   ('data', 'config'),  # takes its section
   ('models', 'sharded_attention'),
   ('sharded_attention', 'partitioning'),
+  ('mesh_checks', 'partitioning'),
   ('train', 'plan'),
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets

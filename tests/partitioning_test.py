@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from tiny import make_config
 
-from perceiver_ar import partitioning, train_step
+from perceiver_ar import mesh_checks, partitioning, train_step
 from perceiver_ar.config import MESH_AXES, MeshConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.models import layers
@@ -163,9 +163,9 @@ def test_factored_moments_stay_whole():
 
 def test_a_batch_that_does_not_divide_over_the_data_is_refused():
   mesh = _mesh(slices=2, data=2, model=2)
-  partitioning.check_batch('train.batch_size', 8, mesh, axes='slice*data')
+  mesh_checks.check_batch('train.batch_size', 8, mesh, axes='slice*data')
   with pytest.raises(UserError) as error:
-    partitioning.check_batch('train.batch_size', 6, mesh, axes='slice*data')
+    mesh_checks.check_batch('train.batch_size', 6, mesh, axes='slice*data')
   _is_one_sentence(error, 'train.batch_size 6', 'of size 4')
 
 
@@ -192,7 +192,7 @@ def test_inputs_that_do_not_split_over_context_are_refused(changes, names):
   model = make_config(changes).model
   length = model.context_length
   with pytest.raises(UserError) as error:
-    partitioning.check_context(model, 'model.context_length', length, mesh)
+    mesh_checks.check_context(model, 'model.context_length', length, mesh)
   _is_one_sentence(error, *names)
 
 

@@ -4,7 +4,7 @@ Parameters carry logical axis names; compute is of the configured type. Dropout
 is on exactly when a 'dropout' key is given.
 
 Letters: B batch, N queries, M keys, D width, E embedding width, F channels of
-all heads, H heads, K head size.
+all heads, H heads, K head size, V rows of a table, T positions.
 """
 
 from typing import Any
@@ -102,11 +102,15 @@ def _add_bias_forward(
 def _add_bias_backward(
   _: None, d_BTF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  # By a matmul: alone behind a kernel, a sum over rows takes a TPU as long as
-  # a projection. Of fewer rows than 8, XLA would make a sum again.
+  # By a matmul, as exact as a sum: alone behind a kernel a sum over rows takes
+  # a TPU far longer. Of fewer rows than 8, XLA would make a sum again.
   ones_8BT = jnp.ones((8, *d_BTF.shape[:2]), d_BTF.dtype)
   d_8F = jnp.einsum(
-    'nbt,btf->nf', ones_8BT, d_BTF, preferred_element_type=jnp.float32
+    'nbt,btf->nf',
+    ones_8BT,
+    d_BTF,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
   )
   return d_BTF, d_8F[0].astype(d_BTF.dtype)
 
@@ -181,7 +185,7 @@ rows.defvjp(_rows_forward, _rows_backward)
 
 
 def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
-  """Others must show as NaN, not as another id."""
+  """Which ids a table has; callers show others as NaN, not as another id."""
   return (ids_BM >= 0) & (ids_BM < num_rows)
 
 

@@ -71,6 +71,7 @@ class Embed(nn.Module):
     )
     table = layers.gather(table, axes, 'float32')
     found_BME = layers.rows(table, ids_BM)
+    # A table with a row of NaN would not divide over `vocab`.
     is_inside_BM1 = layers.inside(ids_BM, rows)[..., None]
     return jnp.where(is_inside_BM1, found_BME, jnp.nan)
 
@@ -158,10 +159,12 @@ class PerceiverAR(nn.Module):
       positions_BMP: position ids of the inputs in their document; read only
         if the config takes positions from the data.
       num_latents: N, static; may differ from training's.
-      row_B: what the randomness of a row is drawn by, if there is any.
+      row_B: numbers that the randomness of a row is drawn by, if there is
+        any; None: its place in the batch.
     """
-    M, N = tokens_BM.shape[1], num_latents
+    (B, M), N = tokens_BM.shape, num_latents
     assert 1 <= N <= M, (N, M)
+    row_B = jnp.arange(B) if row_B is None else row_B
     # Ids are small: every device of `context` has all of its rows'.
     tokens_BM = layers.constrain(tokens_BM, ('batch', None))
     positions_BMP = layers.constrain(positions_BMP, ('batch', None, None))
@@ -325,7 +328,7 @@ class PerceiverAR(nn.Module):
     tokens_BM: jax.Array,
     ids_BMP: jax.Array,
     angles_BM: jax.Array,
-    row_B: jax.Array | None,
+    row_B: jax.Array,
   ) -> tuple[Mask, jax.Array, jax.Array, jax.Array]:
     """Hides random inputs from the cross-attend, by a mask or by not computing.
 
@@ -338,7 +341,7 @@ class PerceiverAR(nn.Module):
     unchanged = tokens_BM, ids_BMP, angles_BM
     if not (c.input_dropout_rate or c.num_kept_inputs):
       return mask, *unchanged
-    assert mask.start_B is not None and row_B is not None
+    assert mask.start_B is not None
     keys_B = layers.row_keys(self.make_rng('dropout'), row_B)
     random_BM = jax.vmap(lambda key: jax.random.uniform(key, (M,)))(keys_B)
     if c.input_dropout_rate:

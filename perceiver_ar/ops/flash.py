@@ -23,8 +23,8 @@ need no comparison.
 
 Queries and keys are rotated in the kernels, as a copy of all keys would cost
 more than their attention. The partner of a channel comes by a roll over the
-lanes, and cosines and sines share one table, [B, M, W]: each head of a group
-has R lanes of cosines, R of sines and K - 2R of zeros.
+lanes, and cosines and sines share a table, [B, T, W] in the type of the keys:
+each head of a group has R lanes of cosines, R of sines and K - 2R of zeros.
 
 Letters: B batch, N queries, M keys, H heads, K head size, F = H*K; U groups of
 G heads, W = G*K lanes of a group; Q queries of a block, C keys of a block; R

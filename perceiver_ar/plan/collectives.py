@@ -135,6 +135,8 @@ def phase(op_name: str) -> str:
     return 'input'
   if re.search(r'PerceiverAR\.encode(?!\)*/while/)', op_name):
     return 'input'
+  if re.search(r'/gradient/psum', op_name):
+    return 'gradient'
   if re.search(r'PerceiverAR|jvp\(|\b(norm|logits)\b', op_name):
     return 'latent'
   return 'optimizer'

@@ -17,7 +17,7 @@ _AGAIN = 'rematted_computation'
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Floating-point operations over all devices, two per multiply-add.
+  """Operations over all devices, two per multiply-add, and bytes.
 
   Attributes:
     matmul: outside of kernels.

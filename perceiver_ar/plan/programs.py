@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from perceiver_ar import evaluate, flops, partitioning, sample, train_step
+from perceiver_ar import (
+  evaluate,
+  flops,
+  mesh_checks,
+  partitioning,
+  sample,
+  train_step,
+)
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 from perceiver_ar.models import cache as cache_lib
@@ -43,7 +50,7 @@ def make_program(command: str, config: Config, mesh: Mesh) -> Program:
 
 def _train(config: Config, mesh: Mesh) -> Program:
   train, M = config.train, config.model.context_length
-  partitioning.check_train(config, mesh)
+  mesh_checks.check_train(config, mesh)
   state = train_step.abstract_state(config, mesh)
   return Program(
     command='train',
@@ -57,7 +64,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
 
 def _evaluate(config: Config, mesh: Mesh) -> Program:
   how = config.evaluate
-  partitioning.check_evaluate(config, mesh)
+  mesh_checks.check_evaluate(config, mesh)
   params = train_step.abstract_params(config, mesh)
   batch = _batch(config, how.batch_size, how.context_length, mesh)
   batch['num_scored'] = _ids(mesh, how.batch_size)
@@ -79,7 +86,7 @@ def _evaluate(config: Config, mesh: Mesh) -> Program:
 def _sample(config: Config, mesh: Mesh) -> Program:
   """A segment: the latents are refilled, and drawn from until N are in use."""
   how, model = config.sample, config.model
-  partitioning.check_sample(config, mesh)
+  mesh_checks.check_sample(config, mesh)
   if not can_cache(model):
     raise UserError(
       f'model.position_source {model.position_source} moves the positions of '

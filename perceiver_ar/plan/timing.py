@@ -91,6 +91,8 @@ def _moved_bytes(
 ) -> int:
   body = module.computations[computation]
   read = [body[n] for n in instruction.operand_names if n in body]
+  if instruction.opcode == 'dynamic-update-slice':  # in place
+    return 2 * sum(a.padded_bytes for a in read[1].arrays)
   arrays = [a for i in (instruction, *read) for a in i.arrays]
   # A slice of a stacked array is read by itself, not with all the others.
   most = max((a.padded_bytes for a in instruction.arrays), default=0)
@@ -105,11 +107,12 @@ def has_dot(module: Module, instruction: Instruction) -> bool:
 
 
 def _is_elsewhere(module: Module, instruction: Instruction) -> bool:
-  """Free, overlapped, or counted as a collective."""
+  """Free, overlapped, or counted as a collective or in the trace."""
   opcode: Any = instruction.opcode
   return (
     opcode in _FREE
     or '"tpu_custom_call"' in instruction.attributes  # counted in the trace
+    or '"AllocateBuffer"' in instruction.attributes
     or opcode.endswith(('-start', '-done'))
     # A matmul may have a part of a collective fused into it.
     or (

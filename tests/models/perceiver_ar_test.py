@@ -227,7 +227,7 @@ def test_a_dropped_input_has_exactly_no_influence_but_by_its_latent(drop):
   length = 20
   batch = make_batch(model, [length])
   rows = {k: np.repeat(v, _M, 0) for k, v in batch.items()}
-  # The same draws for every row: one row per call would compile no more.
+  # Every row is changed at another place, and draws the same both times.
   changed = {k: v.copy() for k, v in rows.items()}
   at = np.arange(_M - length, _M)
   changed['tokens'][at, at] = 1 + rows['tokens'][at, at] % 30
@@ -255,7 +255,9 @@ def test_exactly_so_many_inputs_are_kept_and_padding_last(num_kept):
     start = jnp.where(has_token.any(1), has_token.argmax(1), M)
     slots = jnp.broadcast_to(jnp.arange(M)[None], tokens.shape)
     return module._drop_inputs(
-      Mask(offset=0, start_B=start), tokens, slots[..., None], slots
+      Mask(offset=0, start_B=start),
+      *(tokens, slots[..., None], slots),
+      jnp.arange(len(tokens)),
     )
 
   for seed in range(5):
@@ -288,7 +290,10 @@ def test_every_input_is_equally_likely_to_be_kept():
     def kept(module, tokens):
       mask = Mask(offset=0, start_B=jnp.zeros(len(tokens), jnp.int32))
       at = jnp.zeros_like(tokens)
-      return module._drop_inputs(mask, tokens, at[..., None], at)[0].slots_BM
+      mask, *_ = module._drop_inputs(
+        mask, tokens, at[..., None], at, jnp.arange(len(tokens))
+      )
+      return mask.slots_BM
 
     return PerceiverAR(model).apply(
       {}, tokens, method=kept, rngs={'dropout': key}

@@ -91,5 +91,5 @@ def test_temporaries_are_no_scores_and_no_copies_of_keys():
   # A byte for each score would be 1 or 16 GiB, a copy of the keys 0.25 or 4.
   assert temporaries(2**16, 0) < 2**25
   assert temporaries(2**20, 0) < 2**25
-  # The table of angles is 0.5 GiB.
-  assert temporaries(2**20, 0.5) < 2**30
+  # The table of angles is 0.25 GiB.
+  assert temporaries(2**20, 0.5) < 2**29

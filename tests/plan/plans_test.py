@@ -11,10 +11,10 @@ from tiny import make_batch, make_config
 
 from perceiver_ar import flops, partitioning, train_step
 from perceiver_ar.errors import UserError
-from perceiver_ar.ops import attention
+from perceiver_ar.ops import attention, flash_delta
 from perceiver_ar.ops.masks import Mask
 from perceiver_ar.ops.rotation import Turns
-from perceiver_ar.plan import advice, counting, page, plans
+from perceiver_ar.plan import advice, counting, page, plans, programs
 from perceiver_ar.plan.machine import open_machine
 
 __all__ = ['compiled_once']
@@ -231,6 +231,32 @@ def test_a_kernel_is_counted_as_often_as_it_runs(remat, products):
   # Two heads of 64 share a block of 128 lanes.
   assert work.kernel == products * 2 * N * M * H * 128
   assert (work.again > 0) == (remat == 'full')
+
+
+def test_bytes_of_kernels_that_multiply_nothing_are_counted():
+  B, N, F = 2, 256, 128
+  x = jax.ShapeDtypeStruct((B, N, F), 'float32')
+  trace = jax.jit(
+    lambda x, y: flash_delta.delta(x, y, 64, interpret=False)
+  ).trace(x, x)
+  work = counting.count(trace.jaxpr.jaxpr, 1)
+  assert work.total == 0
+  assert work.moved == 4 * (2 * B * N * F + B * 2 * N)
+
+
+def test_work_does_not_depend_on_how_a_step_is_cut():
+  found = []
+  for keys in ({}, {'mesh.slice': 2, 'train.num_microbatches': 2}):
+    # Whether a table is less work depends on the rows of a device.
+    same = {'mesh.data': 2, 'model.token_table': 'never'}
+    config = make_config(same | keys)
+    mesh = partitioning.make_mesh(
+      config.mesh, jax.devices()[: 2 * config.mesh.slice]
+    )
+    program = programs.make_program('train', config, mesh)
+    trace = program.function.trace(*program.args)
+    found.append(counting.count(trace.jaxpr.jaxpr, 1).total)
+  assert found[0] == found[1] > 0
 
 
 def test_a_layout_that_is_refused_says_why_in_its_line(machine):
