@@ -79,7 +79,8 @@ def test_a_fresh_model_is_at_the_logarithm_of_its_vocabulary():
   def first(key, batch):
     boxed = train_step._initial_params(config.model, key)
     params = train_step.nn.unbox(boxed)
-    return train_step._loss_sum(params, batch, key, config)[1]
+    rows = batch | {'row': jnp.arange(4)}
+    return train_step._loss_sum(params, rows, key, config)[1]
 
   sums = first(jax.random.key(0), batch)
   # Eight latents of every row that has as many tokens, none of padding.

@@ -113,7 +113,10 @@ def test_samples_are_those_of_full_forward_passes(prompt_length):
   assert found[0].tolist() != found[1].tolist()
 
 
-@pytest.mark.parametrize('positions', ['rotary_from_end', 'sinusoidal'])
+@pytest.mark.parametrize(
+  'positions',
+  ['rotary_from_end', pytest.param('sinusoidal', marks=pytest.mark.slow)],
+)
 def test_so_they_are_with_other_positions(positions):
   config, sampler = make_sampler(
     model_changes(positions), top_k=9, refill_latents=7

@@ -36,7 +36,7 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 _MESHES = [
   ({'slice': 2, 'data': 2, 'model': 2}, 2),
   ({'data': 2, 'context': 2, 'model': 2}, 1),
-  ({'data': 8, 'rules': 'replicated'}, 1),
+  _slow({'data': 8, 'rules': 'replicated'}, 1),
   ({'context': 8}, 2),
   _slow({'slice': 2}, 1),
   _slow({'data': 8}, 1),
@@ -107,7 +107,7 @@ def test_microbatches_give_the_sums_of_the_batch(num_microbatches):
 
 
 @pytest.mark.parametrize(
-  'mesh', [{}, {'slice': 2, 'data': 2, 'context': 2}], ids=str
+  'mesh', [{'slice': 2, 'data': 2, 'context': 2}, _slow({})], ids=str
 )
 @pytest.mark.parametrize(
   'drop',
@@ -187,7 +187,7 @@ _SGD = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
 
 @pytest.mark.parametrize(
   'mesh',
-  [{'slice': 2, 'data': 2, 'model': 2}, _slow({'data': 4, 'model': 2})],
+  [_slow({'slice': 2, 'data': 2, 'model': 2}), {'data': 2, 'model': 2}],
   ids=str,
 )
 def test_updates_do_not_depend_on_the_mesh(mesh):
