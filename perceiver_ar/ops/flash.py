@@ -318,7 +318,7 @@ def _scores(k_CW: Any, q_QW: Any, seen_CQ: jax.Array | None) -> jax.Array:
 def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
   dims = (((over[0],), (over[1],)), ((), ()))
   # As all matmuls of the step; a kernel knows the least and the most only.
-  wanted = jax.config.jax_default_matmul_precision
+  wanted = jax.config.values['jax_default_matmul_precision']
   exact = x.dtype == jnp.float32 and wanted in ('highest', 'float32')
   precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(x, y, dims, precision, jnp.float32)
