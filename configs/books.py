@@ -26,8 +26,8 @@ First prepare what you have (see tools/prepare_text.py --help), then train:
               has 750 to 826 million, so its width or vocabulary is another.
 :long         Our own, for pods: 36 layers of width 2,048, 65,536 inputs, in
               bfloat16; 256 sequences a step fit 64 chips of v5p. Weights are
-              split over 16 of them only: of groups of 64 XLA gathers by sums
-              of zeros, which takes a tenth longer.
+              split over 16 of them only: in groups of 64 XLA gathers by
+              sums of zeros.
               1,998,564,608 parameters. Nobody has trained it yet.
 :long_1m      The same with 1,048,576 inputs, split over 16 chips: 512 of v5p.
 :demo         What `make demo` trains, on 2 CPU cores: 3,200 steps in 2.5
