@@ -1,0 +1,29 @@
+"""Seconds are of all that moves, whether or not the compiler says cycles."""
+
+import pytest
+
+from perceiver_ar import chips
+from perceiver_ar.plan import timing
+from perceiver_ar.plan.counting import Work
+from perceiver_ar.plan.hlo import Module
+
+_TEXT = """HloModule step
+
+ENTRY %main (p: f32[16,128], i: s32[8]) -> f32[8,128] {
+  %p = f32[16,128]{1,0} parameter(0)
+  %i = s32[8]{0} parameter(1)
+  %g = f32[8,128]{1,0} gather(%p, %i), offset_dims={1}
+  ROOT %c = f32[8,128]{0,1} copy(%g), backend_config={"estimated_cycles":"700"}
+}
+"""
+
+
+def test_what_has_no_cycles_is_counted_by_its_bytes():
+  chip = chips.find_chip('v5p')
+  work = Work(0.0, 0.0, 0.0, moved=2 * 999.0)
+  seconds = timing.estimate(Module(_TEXT), chip, work, 2, 'bfloat16', [], 1)
+  # What is found, as much again of the table and no more, and the ids.
+  gathered = 4 * 8 * 128 + 2 * 4 * 8 * 128 + 4 * 8
+  want = 700 / chip.clock_hz + (gathered + 999) / chip.hbm_bandwidth
+  assert seconds['data_movement'] == pytest.approx(want)
+  assert seconds['total'] == pytest.approx(want)
