@@ -60,6 +60,7 @@ def get_config(arg: str = '') -> ConfigDict:
   d.num_eval_documents = 0  # copy sequences in the validation split
   d.num_read_threads = 2
   d.prefetch = 16  # rows read ahead
+  d.device_prefetch = 1  # batches placed on the devices ahead
 
   c.train = t = ConfigDict()
   t.num_steps = 10_000

@@ -227,6 +227,23 @@ def write_samples(
   }
 
 
+def draw_along(
+  sampler: Sampler, prompts: Sequence[Prompt], how: SampleConfig
+) -> None:
+  """What `write_samples` draws on process 0, on the others: nothing is kept."""
+  for prompt in prompts:
+    length = sampler.room(len(prompt.tokens_T), how.length)
+    has_ended_B = np.zeros((how.num_samples,), bool)
+    for new_BT in sampler.run(_start(prompt.tokens_T), length):
+      has_ended_B |= (new_BT == tokens.EOS).any(axis=1)
+      if has_ended_B.all():  # as process 0 does
+        break
+
+
+def _start(prompt_T: np.ndarray) -> np.ndarray:
+  return np.concatenate([[tokens.SOS], prompt_T]).astype(np.int32)
+
+
 def _remove_last(folder: epath.Path) -> None:
   # From here on the last samples are gone, and so is what is said of them.
   for pattern in (
@@ -248,9 +265,8 @@ def _draw(
   progress: Progress,
 ) -> None:
   """Draws all samples of one prompt."""
-  start_T = np.concatenate([[tokens.SOS], prompt_T]).astype(np.int32)
   try:
-    for new_BT in sampler.run(start_T, length):
+    for new_BT in sampler.run(_start(prompt_T), length):
       for sample, ids_T in zip(samples, new_BT, strict=True):
         sample.draw(ids_T)
       progress.advance(new_BT.shape[1])

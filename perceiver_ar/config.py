@@ -60,6 +60,7 @@ class DataConfig:
   num_eval_documents: int
   num_read_threads: int
   prefetch: int
+  device_prefetch: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ class Config:
 # A longer run keeps its schedule: `optimizer.decay_end` is compared.
 MAY_DIFFER = (
   'checkpoint',
+  'data.device_prefetch',
   'data.num_read_threads',
   'data.path',  # the data set itself is known by its fingerprint
   'data.prefetch',

@@ -1,5 +1,14 @@
-"""What the command line turns into one sentence and exit status 2."""
+"""What the command line turns into one sentence and an exit status."""
+
+MISTAKE = 2  # of the user's: the same again would fail again
+# Saved, or nothing lost: start it again. Launchers do; `man sysexits` has it
+# as EX_TEMPFAIL.
+RESTART = 75
 
 
 class UserError(ValueError):
   """A mistake of the user's: the values at fault, and what to do instead."""
+
+
+class HostsError(RuntimeError):
+  """Hosts of the job are missing: started again, it may be whole."""

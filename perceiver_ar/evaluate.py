@@ -161,13 +161,18 @@ class Evaluator:
     return counts
 
   def _batch(self, blocks: list[Block]) -> Batch:
-    """Right-aligned rows, and empty ones up to the batch size."""
+    """Right-aligned rows, and empty ones up to the batch size.
+
+    A process reads only the documents of its own rows.
+    """
     how, layout = self._config.evaluate, self._documents.layout
     B, M, P = how.batch_size, how.context_length, layouts.num_axes(layout)
-    tokens_BT = np.zeros((B, M + 1), np.int32)
-    positions_BMP = np.zeros((B, M, P), np.int32)
-    num_scored_B = np.zeros((B,), np.int32)
-    for row, block in enumerate(blocks):
+    rows_b = partitioning.host_rows(self._mesh, B).rows_b
+    tokens_bT = np.zeros((len(rows_b), M + 1), np.int32)
+    positions_bMP = np.zeros((len(rows_b), M, P), np.int32)
+    num_scored_b = np.zeros((len(rows_b),), np.int32)
+    for at, row in enumerate(rows_b[rows_b < len(blocks)]):
+      block = blocks[row]
       if block.document != self._open[0]:
         # Kept, because the next batch goes on in the same document.
         document = self._documents[self._chosen[block.document]]
@@ -175,17 +180,17 @@ class Evaluator:
       tokens = self._open[1]
       begin = max(0, block.end - M)
       num = block.end - begin
-      tokens_BT[row, M - num :] = tokens[begin : block.end + 1]
-      positions_BMP[row, M - num :] = layouts.positions(
+      tokens_bT[at, M - num :] = tokens[begin : block.end + 1]
+      positions_bMP[at, M - num :] = layouts.positions(
         layout, np.arange(begin, block.end)
       )
-      num_scored_B[row] = block.num_scored
+      num_scored_b[at] = block.num_scored
     batch = {
-      'tokens': tokens_BT,
-      'positions': positions_BMP,
-      'num_scored': num_scored_B,
+      'tokens': tokens_bT,
+      'positions': positions_bMP,
+      'num_scored': num_scored_b,
     }
-    return partitioning.global_batch(batch, self._mesh)
+    return partitioning.global_batch(batch, self._mesh, B)
 
 
 def _check_endless(max_examples: int) -> None:

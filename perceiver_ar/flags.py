@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from perceiver_ar.errors import MISTAKE
+
 _CONFIG_HELP = """
 --config=FILE.py[:ARG] is a file such as configs/books.py:demo; any key of it
 is set by --config.SECTION.KEY=VALUE (configs/default.py explains them all)."""
@@ -17,7 +19,7 @@ def fail(sentence: str) -> int:
   """Says what is wrong, and gives the exit status of a mistake."""
   # A library's words, quoted in it, may have lines of their own.
   print(f'perceiver-ar: {" ".join(sentence.split())}', file=sys.stderr)
-  return 2
+  return MISTAKE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +53,8 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
       '--debug', action='store_true', help='show tracebacks of mistakes'
     )
     add(sub)
+    if name in ('train', 'evaluate', 'sample'):
+      _add_place(sub)
   return parser
 
 
@@ -116,6 +120,33 @@ def _add_step_and_output(sub: Any) -> None:
 
 def _add_output(sub: Any, about: str) -> None:
   sub.add_argument('--output', type=Path, metavar='FILE', help=about)
+
+
+def _add_place(sub: Any) -> None:
+  place = sub.add_argument_group(
+    'many hosts',
+    'The same command on every host. On TPU VMs, GKE and SLURM they find each '
+    'other; elsewhere each is told its place (docs/launch.md).',
+  )
+  place.add_argument(
+    '--coordinator', metavar='HOST:PORT', help='of process 0, a free port'
+  )
+  place.add_argument('--num_processes', type=int, help='of the job')
+  place.add_argument('--process_id', type=int, help='of this one, from 0')
+  place.add_argument(
+    '--barrier_seconds',
+    type=_positive,
+    default=900.0,
+    help='how long processes wait for each other before they end with status '
+    '75 and the name of the one that is missing; default: 900',
+  )
+
+
+def _positive(word: str) -> float:
+  value = float(word)
+  if not 0 < value < float('inf'):
+    raise ValueError
+  return value
 
 
 def _plan(sub: Any) -> None:

@@ -9,16 +9,17 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import logging as absl_logging
+from etils import epath
 
 from perceiver_ar import config as config_lib
 from perceiver_ar import config_files, flags
 from perceiver_ar.config import Config
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import MISTAKE, RESTART, HostsError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,27 +34,59 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   absl_logging.set_verbosity('warning')
+  status = _run(args, rest)
+  if 'num_processes' in args:  # it may have joined others
+    from perceiver_ar import distributed
+
+    distributed.leave(status)
+  sys.exit(status)
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+  """Runs a command; what goes wrong becomes a sentence and a status."""
   try:
-    sys.exit(args.run(args, rest))
-  except UserError as error:
-    if args.debug:
-      raise
-    sys.exit(flags.fail(str(error)))
-  except OSError as error:
-    # Others than those of a path are not the user's mistakes.
-    if args.debug or error.filename is None:
-      raise
-    sys.exit(
-      flags.fail(f'{error.filename}: {error.strerror}; use another path')
-    )
+    return args.run(args, rest)
   except KeyboardInterrupt:
-    sys.exit(130)
+    return 130
+  except Exception as error:
+    sentence, status = _explain(error)
+    if args.debug or not sentence:
+      traceback.print_exc()
+    if sentence:
+      flags.fail(sentence)
+    return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+  """What to say, or '' where that takes a traceback, and the exit status."""
+  if isinstance(error, UserError):
+    return str(error), MISTAKE
+  if isinstance(error, HostsError):
+    return str(error), RESTART
+  # Others than those of a path are not the user's mistakes.
+  if isinstance(error, OSError) and error.filename is not None:
+    return f'{error.filename}: {error.strerror}; use another path', MISTAKE
+  return '', 1
+
+
+def _join(args: argparse.Namespace) -> None:
+  """Connects this process with the others of its job, if there are any."""
+  from perceiver_ar import distributed
+
+  place = distributed.find_place(
+    args.coordinator,
+    args.num_processes,
+    args.process_id,
+    seconds=args.barrier_seconds,
+  )
+  distributed.join(place, args.barrier_seconds)
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
   if not any(word.startswith('--config=') for word in rest):
     raise UserError('train needs --config=FILE.py[:ARG]; see configs/')
   config = config_files.resolve(rest, None)
+  _join(args)
   from perceiver_ar import train
 
   return train.train_and_evaluate(config, args.workdir)
@@ -71,6 +104,10 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     stride = workdir.read_config(args.workdir)['evaluate']['stride']
     args.stride = min(stride, args.num_latents)
   config = _run_config(args, rest, 'evaluate', keys)
+  _join(args)
+  import jax
+
+  from perceiver_ar import distributed
   from perceiver_ar.data import pipeline
 
   documents = pipeline.open_documents(
@@ -78,11 +115,17 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   )
   workdir.check_vocabulary(args.workdir, documents)
   pipeline.check_compatible(config.model, documents)
+  workdir.agree(config, documents)
   mesh, step, params = _restore(args, config)
   evaluator = evaluate.Evaluator(config, documents, mesh)
-  report = {'step': step} | evaluator.run(params, visible=True)
-  _write_json(report, Path(args.workdir) / 'evaluation.json', args.output)
-  print(_json(report), end='')
+  is_first = jax.process_index() == 0
+  distributed.barrier('evaluation')
+  report = {'step': step} | evaluator.run(params, visible=is_first)
+  if is_first:
+    folder = epath.Path(args.workdir)
+    _write_json(report, folder / 'evaluation.json', args.output)
+    print(_json(report), end='')
+  distributed.barrier('exit')
   return 0
 
 
@@ -100,10 +143,14 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   if args.num_latents and args.refill_latents is None:
     args.refill_latents = max(args.num_latents // 2, 1)
   config = _run_config(args, rest, 'sample', keys)
-  from perceiver_ar import artifacts, sample, workdir
+  _join(args)
+  import jax
+
+  from perceiver_ar import artifacts, distributed, sample, workdir
 
   trained = workdir.read_trained(args.workdir)
   prompts = _prompts(args, config, trained)
+  workdir.agree(config, trained)
   mesh, step, params = _restore(args, config)
   sampler = sample.Sampler(
     config,
@@ -112,7 +159,12 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     layout=trained.layout,
     forbidden=trained.codec.forbidden,
   )
-  folder = Path(args.workdir) / 'samples'
+  distributed.barrier('sample')
+  if jax.process_index():
+    artifacts.draw_along(sampler, prompts, config.sample)
+    distributed.barrier('exit')
+    return 0
+  folder = epath.Path(args.workdir) / 'samples'
   report: dict[str, Any] = {'step': step}
   report |= artifacts.write_samples(
     sampler, trained.codec, prompts, config.sample, folder
@@ -122,6 +174,7 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     f'{len(report["samples"])} samples from step {step} in {folder} '
     f'({report["tokens_per_second"]:,.0f} tokens/s)'
   )
+  distributed.barrier('exit')
   return 0
 
 
@@ -235,8 +288,9 @@ def _run_config(
 def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
   import jax
 
-  from perceiver_ar import checkpoint, partitioning, train_step
+  from perceiver_ar import checkpoint, distributed, partitioning, train_step
 
+  distributed.barrier('restore')
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
   abstract = train_step.abstract_params(config, mesh)
   step, params = checkpoint.restore_params(args.workdir, abstract, args.step)
@@ -285,10 +339,10 @@ def _json(content: Any) -> str:
     ) from error
 
 
-def _write_json(content: Any, *paths: Path | None) -> None:
+def _write_json(content: Any, *paths: epath.PathLike | None) -> None:
   for path in paths:
     if path:
-      path.write_text(_json(content))
+      epath.Path(path).write_text(_json(content))
 
 
 if __name__ == '__main__':

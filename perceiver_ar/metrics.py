@@ -51,7 +51,7 @@ class Writer:
     self.close()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Numbers (of Python, NumPy or JAX) and strings; `split` if evaluated."""
+    """Numbers, lists of them, and strings; `split` if it is an evaluation."""
     if self._file is None:
       return
     row = {name: _plain(value) for name, value in values.items()}
@@ -118,7 +118,9 @@ def _path(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'metrics.jsonl'
 
 
-def _plain(value: Any) -> int | float | str:
+def _plain(value: Any) -> Any:
+  if isinstance(value, list):  # one for each process
+    return [_plain(item) for item in value]
   if hasattr(value, 'item'):  # an array of NumPy or JAX
     value = value.item()
   assert isinstance(value, int | float | str), value

@@ -7,6 +7,8 @@ twice, and takes names of the wrong number. All of that is refused here.
 """
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -104,6 +106,13 @@ def decoding(mesh: Mesh, name: str) -> Iterator[None]:
   }
   with _rules(mesh, name, axes):
     yield
+
+
+def decoding_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+  """Of arrays whose `axis` counts samples."""
+  return NamedSharding(
+    mesh, PartitionSpec(*[None] * axis, (*BATCH_AXES, 'context'))
+  )
 
 
 @contextlib.contextmanager
@@ -337,10 +346,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """This host's rows as global arrays, sharded over rows."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
-  }
+@dataclasses.dataclass(frozen=True)
+class HostRows:
+  """The rows of a global batch that this process loads.
+
+  Attributes:
+    rows_b: those that the process's devices hold, in order. Processes hold the
+      same ones where the context or model axis spans them.
+    own_b: of these, which no process before it holds: every row is one
+      process's own.
+  """
+
+  rows_b: np.ndarray
+  own_b: np.ndarray
+
+
+@functools.cache
+def host_rows(mesh: Mesh, total: int) -> HostRows:
+  """Which rows of a batch of `total` this process loads."""
+  holders: dict[int, set[int]] = {}
+  shards = batch_sharding(mesh).devices_indices_map((total,))
+  for device, (rows,) in shards.items():
+    for row in range(*rows.indices(total)):
+      holders.setdefault(row, set()).add(device.process_index)
+  me = mesh.local_mesh.devices.flat[0].process_index
+  rows = sorted(row for row, held in holders.items() if me in held)
+  own = [min(holders[row]) == me for row in rows]
+  return HostRows(np.array(rows), np.array(own))
+
+
+def global_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh, total: int
+) -> dict[str, Any]:
+  """This process's `host_rows` as global arrays of `total` rows, sharded."""
+  sharding, rows = batch_sharding(mesh), host_rows(mesh, total)
+
+  def place(local: np.ndarray) -> jax.Array:
+    def shard(index: Any) -> np.ndarray:
+      first, end, _ = index[0].indices(total)
+      at = int(np.searchsorted(rows.rows_b, first))
+      return local[at : at + end - first]
+
+    shape = (total, *local.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+  return {name: place(local) for name, local in batch.items()}

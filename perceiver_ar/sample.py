@@ -90,12 +90,14 @@ class Sampler:
     self._N, self._R = how.num_latents, how.refill_latents
     self._M = config.model.context_length
     step = _Step(config, mesh, tuple(forbidden))
+    self._empty = make_empty(config, mesh)
     self._write = jax.jit(
       functools.partial(step.apply, method=PerceiverAR.write_inputs),
       donate_argnums=3,
     )
     self._segment = make_segment(config, mesh, forbidden)
-    self._uncached = jax.jit(step.uncached_segment)
+    whole = partitioning.replicated(mesh)  # every process reads what is drawn
+    self._uncached = jax.jit(step.uncached_segment, out_shardings=(None, whole))
 
   def run(self, prompt_T: np.ndarray, length: int) -> Iterator[np.ndarray]:
     """Yields [B, some] new tokens at a time, `length` of them in all.
@@ -114,19 +116,18 @@ class Sampler:
     self, prompt_T: np.ndarray, length: int
   ) -> Iterator[np.ndarray]:
     B = self._config.sample.num_samples
-    cache = cache_lib.empty(self._config.model, B, self._M, self._N)
-    cache = self._prime(prompt_T[:-1], cache)
+    cache = self._prime(prompt_T[:-1], self._empty())
     recent_BT = np.tile(prompt_T[-max(self._R, 1) :], (B, 1))
     index, left = len(prompt_T), length
     while left:
       T = min(self._R, index)
       new_BT, num, cache = self._segment(
         self._params,
-        jnp.asarray(recent_BT[:, -T:]),
+        recent_BT[:, -T:],
         self._positions(index - T, index + self._N - T + 1),
         cache,
-        jnp.int32(index),
-        jnp.int32(left),
+        np.int32(index),
+        np.int32(left),
       )
       new_BT = np.asarray(new_BT)[:, : int(num)]
       recent_BT = np.concatenate([recent_BT, new_BT], axis=1)[:, -self._R :]
@@ -137,14 +138,14 @@ class Sampler:
     """Keys and values of the prompt; what is further back than M is skipped."""
     B, chunk = self._config.sample.num_samples, min(_PROMPT_CHUNK, self._M)
     first = max(0, len(prompt_T) + 1 - self._M)
-    cache = dataclasses.replace(cache, num_inputs=jnp.int32(first))
+    cache = dataclasses.replace(cache, num_inputs=np.int32(first))
     # Whole chunks come last, so that only the first may need a compile more.
     ends = list(range(len(prompt_T), first, -chunk))[::-1]
     for end in ends:
       begin = max(first, end - chunk)
       cache = self._write(
         self._params,
-        jnp.asarray(np.tile(prompt_T[begin:end], (B, 1))),
+        np.tile(prompt_T[begin:end], (B, 1)),
         self._positions(begin, end),
         cache,
       )
@@ -162,18 +163,18 @@ class Sampler:
     while left:
       num = min(left, _UNCACHED_STEPS)
       window_BM, new_BT = self._uncached(
-        self._params, jnp.asarray(window_BM), jnp.int32(index)
+        self._params, window_BM, np.int32(index)
       )
       # The last turn draws more than is asked for.
       yield np.asarray(new_BT)[:, :num]
       index, left = index + num, left - num
 
-  def _positions(self, begin: int, end: int) -> jax.Array:
+  def _positions(self, begin: int, end: int) -> np.ndarray:
     """Position ids [B, T, P] of these tokens of the document."""
     indices = np.minimum(np.arange(begin, end), self._last_index)
     ids_TP = layouts.positions(self._layout, indices)
     B = self._config.sample.num_samples
-    return jnp.asarray(np.broadcast_to(ids_TP[None], (B, *ids_TP.shape)))
+    return np.broadcast_to(ids_TP[None], (B, *ids_TP.shape))
 
   def room(self, num_prompt: int, length: int) -> int:
     """How many of `length` tokens fit after a prompt, SOS not counted.
@@ -213,7 +214,27 @@ class Sampler:
 def make_segment(config: Config, mesh: Mesh, forbidden: Sequence[int]) -> Any:
   """The compiled `_Step.segment`; it takes over the buffers of the cache."""
   step = _Step(config, mesh, tuple(forbidden))
-  return jax.jit(step.segment, donate_argnums=3)
+  whole = partitioning.replicated(mesh)  # every process reads what is drawn
+  return jax.jit(
+    step.segment, donate_argnums=3, out_shardings=(whole, whole, None)
+  )
+
+
+def make_empty(config: Config, mesh: Mesh) -> Any:
+  """The compiled `cache.empty`, whose rows lie where they are decoded."""
+  how, M = config.sample, config.model.context_length
+  empty = functools.partial(
+    cache_lib.empty, config.model, how.num_samples, M, how.num_latents
+  )
+  inputs, latents = (partitioning.decoding_sharding(mesh, i) for i in (0, 1))
+
+  def sharding(path: Any, leaf: Any) -> Any:
+    if not leaf.shape:
+      return partitioning.replicated(mesh)
+    return inputs if path[0].name == 'inputs' else latents
+
+  shardings = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(empty))
+  return jax.jit(empty, out_shardings=shardings)
 
 
 class _Step:

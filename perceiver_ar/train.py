@@ -6,21 +6,24 @@ that contains it, and an evaluation before the checkpoint of the state that it
 saw.
 """
 
+import collections
 import contextlib
 import dataclasses
+import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from perceiver_ar import (
   checkpoint,
+  distributed,
   flops,
+  host_reports,
   mesh_checks,
   metrics,
   partitioning,
@@ -30,11 +33,13 @@ from perceiver_ar import (
 from perceiver_ar import train_step as train_step_lib
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import RESTART, UserError
 from perceiver_ar.evaluate import Evaluator
 from perceiver_ar.plan import plans
 from perceiver_ar.progress import Progress
 from perceiver_ar.train_step import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 class Stop:
@@ -65,21 +70,26 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   Run again, it goes on from the newest sound checkpoint.
 
   Returns:
-    0 at the end; 128 + the signal's number if it was interrupted and saved.
+    0 at the end; RESTART if it was asked to end by SIGTERM, and saved; 130 if
+    by Ctrl-C, and saved.
 
   Raises:
     UserError: the config, the data, the mesh or the workdir do not fit, or
-      too many steps in a row were not finite.
+      too many steps in a row were not finite; or one process of the job has
+      another config, code or data than the others.
+    HostsError: a process did not come to a barrier in time.
   """
-  mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  mesh_checks.check_train(config, mesh)
   documents = pipeline.open_documents(
     config.data, 'train', seed=config.train.seed
   )
   pipeline.check_compatible(config.model, documents)
+  workdir.agree(config, documents)
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  mesh_checks.check_train(config, mesh)
   evaluator = _evaluator(config, mesh)
   abstract = train_step_lib.abstract_state(config, mesh)
   workdir.check(folder, config, documents)
+  distributed.barrier('restore')
   with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
@@ -88,24 +98,73 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       workdir.check_config(folder, saved, config)
     _announce(config, mesh, abstract, documents, first_step)
     if first_step >= config.train.num_steps:
+      distributed.barrier('exit')
       return 0
-    workdir.begin(folder, config, documents)
+    with distributed.first_process_first() as is_first:
+      if is_first:
+        workdir.begin(folder, config, documents)
+    workdir.check_shared(folder)
     state = restored[1] if restored else _first_state(config, mesh, documents)
     loop = _Loop(config, mesh, checkpoints, evaluator)
-    batches = pipeline.train_batches(
-      config,
-      documents,
-      first_step=first_step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
     with (
       metrics.Writer(
         folder, first_step=first_step, process_index=jax.process_index()
       ) as writer,
-      contextlib.closing(batches),
+      contextlib.closing(
+        _batches(config, documents, mesh, first_step)
+      ) as batches,
     ):
-      return loop.run(state, batches, first_step, writer)
+      status = loop.run(state, batches, first_step, writer)
+  distributed.barrier('exit')
+  return status
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  """A batch on the devices.
+
+  Attributes:
+    arrays: the global batch.
+    digest: of this process's own rows; the processes' add up to the batch's.
+    seconds: that the loop waited for it.
+  """
+
+  arrays: dict[str, Any]
+  digest: int
+  seconds: float
+
+
+def _batches(
+  config: Config,
+  documents: pipeline.DocumentSource,
+  mesh: Mesh,
+  first_step: int,
+) -> Generator[_Batch]:
+  """Batches, `data.device_prefetch` of them placed ahead of the one in use."""
+  total = config.train.batch_size
+  rows = partitioning.host_rows(mesh, total)
+  ahead: collections.deque[_Batch] = collections.deque()
+  loaded = pipeline.train_batches(
+    config, documents, first_step=first_step, rows_b=rows.rows_b
+  )
+  with contextlib.closing(loaded):
+    while True:
+      start = time.monotonic()
+      while len(ahead) <= config.data.device_prefetch:
+        batch = next(loaded, None)
+        if batch is None:
+          break
+        own = {name: local[rows.own_b] for name, local in batch.items()}
+        ahead.append(
+          _Batch(
+            partitioning.global_batch(batch, mesh, total),
+            pipeline.digest(own, rows.rows_b[rows.own_b]),
+            0.0,
+          )
+        )
+      yield dataclasses.replace(
+        ahead.popleft(), seconds=time.monotonic() - start
+      )
 
 
 def _first_state(
@@ -119,7 +178,7 @@ def _first_state(
   workdir.check_vocabulary(source, documents)
   abstract = train_step_lib.abstract_params(config, mesh)
   step, params = checkpoint.restore_params(source, abstract, None)
-  print(f'begins with the parameters of {source} at step {step:,}')
+  _say(f'begins with the parameters of {source} at step {step:,}')
   return dataclasses.replace(state, params=params)
 
 
@@ -148,18 +207,23 @@ class _Loop:
     self._checkpoints = checkpoints
     self._evaluator = evaluator
     self._stop = Stop()
+    self._exchange = host_reports.Exchange(mesh)
+    self._stopping = 0  # the signal that ends all processes at this step
     self._rows: list[dict[str, Any]] = []
-    self._pending: tuple[int, int, Any] | None = None
+    self._reports: list[list[host_reports.Report]] = []
+    self._pending: tuple[int, Any, Any] | None = None
 
   def run(
     self,
     state: TrainState,
-    batches: Iterator[Mapping[str, np.ndarray]],
+    batches: Iterator[_Batch],
     first_step: int,
     writer: metrics.Writer,
   ) -> int:
     num_steps = self._config.train.num_steps
-    self._writer, self._clock = writer, time.monotonic()
+    self._writer = writer
+    self._clock = self._began = time.monotonic()
+    self._blocked = 0.0  # seconds of this step that it waited for devices
     with (
       Progress(
         'train',
@@ -172,26 +236,42 @@ class _Loop:
     ):
       for step in range(first_step, num_steps):
         batch = next(batches)
-        placed = partitioning.global_batch(batch, self._mesh)
         if step == first_step:
-          train_step = self._make_step(placed)
-        state, sums = train_step(state, placed)
+          distributed.barrier('first batch')
+          train_step = self._make_step(state, batch.arrays)
+          distributed.barrier('compile')
+          self._began = time.monotonic()
+        state, sums = train_step(state, batch.arrays)
+        sent = self._exchange.send(self._report(batch))
         self._record()
-        self._pending = step, _digest(batch), sums
+        self._pending = step, sums, sent
         if self._after(step + 1, state):
           break
     return self._end(step + 1)
 
-  def _make_step(self, batch: dict[str, Any]) -> Any:
+  def _make_step(self, state: TrainState, batch: dict[str, Any]) -> Any:
     is_tpu = self._mesh.devices.flat[0].platform == 'tpu'
     if is_tpu and self._config.train.check_memory:
       return plans.fitting_step(self._config, self._mesh, batch)
-    return train_step_lib.make_train_step(self._config, self._mesh)
+    step = train_step_lib.make_train_step(self._config, self._mesh)
+    return step.lower(state, batch).compile()
+
+  def _report(self, batch: _Batch) -> host_reports.Report:
+    """Of this step, as far as it went; its work after this is the next's."""
+    now = time.monotonic()
+    own, self._blocked = now - self._began - self._blocked, 0.0
+    self._began = now
+    return host_reports.Report(
+      stop=self._stop.signal or 0,
+      digest=batch.digest,
+      data_seconds=batch.seconds,
+      own_seconds=own,
+    )
 
   def _after(self, step: int, state: TrainState) -> bool:
     """Evaluates and saves if it is time; True if the run must end here."""
     config = self._config
-    is_last = step == config.train.num_steps or self._stop.signal is not None
+    is_last = step == config.train.num_steps or self._stopping != 0
     is_save = step % config.checkpoint.save_every == 0 or is_last
     every = config.evaluate.every
     is_evaluation = self._evaluator is not None and (
@@ -202,24 +282,30 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
+      distributed.barrier('evaluation')
       report = self._evaluator.run(state.params, visible=False)
       self._writer.write(step, _scalars(report))
       loss = report['nats_per_token']
-    # A signal may have come during the evaluation.
-    is_last = is_last or self._stop.signal is not None
+    # What was pending may have brought a signal.
+    is_last = is_last or self._stopping != 0
     if is_save or is_last:
+      distributed.barrier('save')
       self._checkpoints.save(step, state, config=config, loss=loss)
-    self._clock = time.monotonic()
+    self._clock = self._began = time.monotonic()
     return is_last
 
   def _record(self) -> None:
     """Writes the pending step's metrics; waits until the device has them."""
     if self._pending is None:
       return
-    step, digest, sums = self._pending
-    self._pending = None
+    step, sums, sent = self._pending
+    self._pending, start = None, time.monotonic()
     values = {name: float(value) for name, value in sums.items()}
+    reports = self._exchange.read(sent)
     now = time.monotonic()
+    self._blocked += now - start
+    seconds = now - self._clock
+    self._stopping = max(report.stop for report in reports)
     targets = max(values['num_targets'], 1.0)
     row = {
       'loss': values['loss'] / targets,
@@ -229,19 +315,29 @@ class _Loop:
       'grad_norm': values['grad_norm'],
       'learning_rate': values['learning_rate'],
       'skipped': int(values['skipped']),
-      'data_digest': pipeline.format_digest(digest),
-      'seconds': round(now - self._clock, 6),
+      'data_digest': pipeline.format_digest(
+        sum(report.digest for report in reports) % 2**64
+      ),
+      'seconds': round(seconds, 6),
+      # Of each process, the share of the step that it waited for data.
+      'data_wait': [round(r.data_seconds / seconds, 4) for r in reports],
     }
     self._clock = now
     self._writer.write(step, row)
-    self._rows = [*self._rows, row][-self._config.train.log_every :]
+    log_every = self._config.train.log_every
+    self._rows = [*self._rows, row][-log_every:]
+    self._reports = [*self._reports, reports][-log_every:]
     self._show(step)
     self._check_finite(step, int(values['num_skipped_in_a_row']))
 
   def _show(self, step: int) -> None:
     note = ''
     if (step + 1) % self._config.train.log_every == 0:
-      note = f'loss {metrics.summarise(self._rows)["loss"]:.4f}'
+      recent = metrics.summarise(self._rows)
+      note = f'loss {recent["loss"]:.4f}'
+      slow = host_reports.slowest(self._reports, recent['seconds_per_step'])
+      if slow and jax.process_index() == 0:
+        _log.warning('%s', slow)
     self._progress.advance(1, note)
 
   def _check_finite(self, step: int, in_a_row: int) -> None:
@@ -261,26 +357,26 @@ class _Loop:
 
   def _end(self, step: int) -> int:
     self._checkpoints.wait()
-    if self._stop.signal is not None and step < self._config.train.num_steps:
-      name = signal.Signals(self._stop.signal).name
-      print(f'{name}: step {step} is saved; run again to go on')
-      return 128 + self._stop.signal
+    if self._stopping and step < self._config.train.num_steps:
+      name = signal.Signals(self._stopping).name
+      _say(f'{name}: step {step} is saved; run again to go on')
+      asked = self._stopping == signal.SIGINT  # by a person, who restarts it
+      return 128 + signal.SIGINT if asked else RESTART
     rows = [row for row in self._rows if row['seconds']]
     speed = metrics.summarise(rows)['seconds_per_step']
     rate = flops.matmul_rate(self._config.model.dtype, 2048)
     used = flops.train_flops(self._config.model) * self._config.train.batch_size
     share = used / speed / rate / self._mesh.size
-    print(
+    _say(
       f'trained to step {step}; the last steps took {speed:.3g} s each, '
       f'{share:.0%} of the matmul rate ({rate / 1e9:,.0f} GFLOP/s a device)'
     )
     return 0
 
 
-def _digest(batch: Mapping[str, np.ndarray]) -> int:
-  """Of this host's rows; the hosts' digests add up to the batch's."""
-  rows = len(batch['tokens'])
-  return pipeline.digest(dict(batch), first_row=jax.process_index() * rows)
+def _say(line: str) -> None:
+  if jax.process_index() == 0:
+    print(line)
 
 
 def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +394,8 @@ def _announce(
   """What runs where, in a few lines."""
   if jax.process_index():
     return
+  if where := distributed.describe():
+    print(where)
   num = sum(x.size for x in jax.tree.leaves(abstract.params))
   device = mesh.devices.flat[0]
   axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar import config as config_lib
+from perceiver_ar import distributed
 from perceiver_ar.config import Config
 from perceiver_ar.data import codecs, tokens
 from perceiver_ar.errors import UserError
@@ -68,6 +69,28 @@ def begin(workdir: Path, config: Config, data: DataSet) -> None:
   folder = epath.Path(workdir)
   _write_dataset(folder, data)
   _write(folder / 'config.json', config.to_json())
+
+
+def agree(config: Config, data: DataSet) -> None:
+  """All processes of a job have the same config, data, code and packages.
+
+  Raises:
+    UserError: one of them has not; it is named, with what differs.
+  """
+  facts = distributed.software() | {'data set': data.fingerprint[:16]}
+  for section, values in dataclasses.asdict(config).items():
+    if section != 'data':  # its path may differ; the data set is compared
+      facts |= {f'{section}.{k}': repr(v) for k, v in values.items()}
+  distributed.agree(facts)
+
+
+def check_shared(workdir: Path) -> None:
+  """Raises UserError unless this process sees what process 0 has written."""
+  if not (epath.Path(workdir) / 'config.json').exists():
+    raise UserError(
+      f'process {distributed.me()} does not see the {workdir} of process 0; '
+      'use a --workdir that all hosts share'
+    )
 
 
 def check_fingerprint(workdir: Path, data: DataSet) -> None:

@@ -32,13 +32,13 @@ def _losses():
     config.data, 'train', seed=config.train.seed
   )
   batches = pipeline.train_batches(
-    config, documents, first_step=0, process_index=0, process_count=1
+    config, documents, first_step=0, rows_b=range(config.train.batch_size)
   )
   state = train_step.init_state(config, mesh)
   step = train_step.make_train_step(config, mesh)
   losses = []
   for batch in batches:
-    batch = partitioning.global_batch(batch, mesh)
+    batch = partitioning.global_batch(batch, mesh, config.train.batch_size)
     state, sums = step(state, batch)
     losses.append(float(sums['loss'] / sums['num_targets']))
   return losses

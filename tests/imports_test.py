@@ -13,9 +13,10 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 # A module may import those of its own row, where it is a package, and below.
 _LAYERS = [
   'errors',
-  'ops data config config_checks config_files flags progress distributed chips',
+  'ops data config config_checks config_files flags progress distributed chips '
+  'roll_call',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
-  'flops checksums workdir',
+  'flops checksums workdir host_reports',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'train plan report',
   'main',
@@ -24,6 +25,7 @@ _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 # Within a row.
 _ALSO = {
   ('config_files', 'config'),
+  ('distributed', 'roll_call'),
   ('config', 'config_checks'),
   ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section

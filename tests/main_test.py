@@ -18,7 +18,7 @@ __all__ = ['compiled_once']
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 COMMANDS = {
-  'train': ('--config', '--workdir', '--debug'),
+  'train': ('--config', '--workdir', '--debug', '--coordinator'),
   'evaluate': [
     '--split',
     '--num_latents',
@@ -298,9 +298,12 @@ def test_a_plan_is_a_page_and_json(tmp_path, capsys):
   assert report['mesh'] == {'slice': 1, 'data': 8, 'context': 1, 'model': 1}
 
 
-def test_debug_shows_where_a_mistake_came_from(tmp_path):
-  with pytest.raises(main.UserError, match=r'config\.json does not exist'):
-    main.main(['sample', f'--workdir={tmp_path}', '--debug'])
+def test_debug_shows_where_a_mistake_came_from(tmp_path, capsys):
+  assert run('sample', f'--workdir={tmp_path}', '--debug') == 2
+  told = capsys.readouterr().err
+  assert 'Traceback' in told
+  assert 'in read_config' in told
+  assert told.splitlines()[-1].startswith('perceiver-ar: ')
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -81,7 +81,9 @@ def _after_a_step(changes):
   batch = make_batch(config.model, LENGTHS)
   step = train_step.make_train_step(config, mesh)
   for _ in range(2):
-    state, _ = step(state, partitioning.global_batch(batch, mesh))
+    state, _ = step(
+      state, partitioning.global_batch(batch, mesh, len(batch['tokens']))
+    )
   return state
 
 

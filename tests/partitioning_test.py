@@ -199,7 +199,7 @@ def test_inputs_that_do_not_split_over_context_are_refused(changes, names):
 def test_a_global_batch_keeps_its_rows_in_order_over_slices_and_data():
   mesh = _mesh(slices=2, data=2, model=2)
   rows = np.arange(24, dtype=np.int32).reshape(8, 3)
-  batch = partitioning.global_batch({'tokens': rows}, mesh)
+  batch = partitioning.global_batch({'tokens': rows}, mesh, len(rows))
   np.testing.assert_array_equal(batch['tokens'], rows)
   shards = {s.device: s.data.shape for s in batch['tokens'].addressable_shards}
   assert set(shards.values()) == {(2, 3)} and len(shards) == 8

@@ -84,9 +84,10 @@ def wait_until(is_true: Callable[[], Any], process: Any) -> None:
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """metrics.jsonl without times, which no two runs share."""
+  times = ('seconds', 'data_wait')
   path = workdir / 'metrics.jsonl'
   parsed = [json.loads(line) for line in path.read_text().splitlines()]
-  return [{k: v for k, v in r.items() if k != 'seconds'} for r in parsed]
+  return [{k: v for k, v in r.items() if k not in times} for r in parsed]
 
 
 def final_params(workdir: pathlib.Path, config: Config) -> tuple[int, Any]:

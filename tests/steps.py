@@ -46,7 +46,7 @@ def config_on(mesh: dict[str, Any], **changes: Any) -> Config:
 
 def global_batch(config: Config, mesh: Any) -> Any:
   rows = make_batch(config.model, LENGTHS, 0)
-  return partitioning.global_batch(rows, mesh)
+  return partitioning.global_batch(rows, mesh, config.train.batch_size)
 
 
 @functools.cache

@@ -172,7 +172,9 @@ def _steps(config, num_steps, change=lambda step, batch: batch):
   run = _compiled(config)
   for step in range(num_steps):
     batch = change(step, make_batch(config.model, LENGTHS, step))
-    state, metrics = run(state, partitioning.global_batch(batch, mesh))
+    state, metrics = run(
+      state, partitioning.global_batch(batch, mesh, len(batch['tokens']))
+    )
     yield jax.device_get(metrics), jax.device_get(state)
 
 

@@ -158,7 +158,7 @@ def step_case(M: int, N: int, L: int, D: int, H: int) -> dict[str, Case]:
   tokens = np.random.default_rng(0).integers(3, 259, (1, M + 1), np.int32)
   positions = np.arange(1, M + 1, dtype=np.int32)[None, :, None]
   batch = {'tokens': tokens, 'positions': positions}
-  batch = partitioning.global_batch(batch, mesh)
+  batch = partitioning.global_batch(batch, mesh, config.train.batch_size)
   states = [train_step.init_state(config, mesh)]
   program, about = compiled(
     train_step.make_train_step(config, mesh), states[0], batch

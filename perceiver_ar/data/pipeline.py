@@ -8,7 +8,7 @@ any number of hosts.
 
 import hashlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -113,28 +113,20 @@ def train_batches(
   documents: DocumentSource,
   *,
   first_step: int,
-  process_index: int,
-  process_count: int,
+  rows_b: Sequence[int] | np.ndarray,
 ) -> Generator[dict[str, np.ndarray]]:
-  """Yields this host's rows of the batches first_step..num_steps-1.
+  """Yields these rows of the batches first_step..num_steps-1.
 
   Each is {'tokens': int32 [b, M+1], padded with 0 on the left, 'positions':
-  int32 [b, M, P] of the inputs, 0 on padding}; host p of n has rows
-  p*b..(p+1)*b of the global batch, b = batch_size / n.
+  int32 [b, M, P] of the inputs, 0 on padding}; `rows_b` are this host's of the
+  global batch, in order.
   """
-  batch_size = config.train.batch_size
-  if batch_size % process_count:
-    raise UserError(
-      f'train.batch_size {batch_size} is not divisible by the number of hosts '
-      f'{process_count}; choose a multiple of it'
-    )
   host_rows = _HostRows(
     _rows(config, documents),
-    batch_size=batch_size,
+    batch_size=config.train.batch_size,
     first_step=first_step,
     num_steps=config.train.num_steps,
-    process_index=process_index,
-    process_count=process_count,
+    rows_b=rows_b,
   )
   batches = (
     grain.MapDataset.source(host_rows)
@@ -144,7 +136,7 @@ def train_batches(
         prefetch_buffer_size=config.data.prefetch,
       )
     )
-    .batch(batch_size // process_count)
+    .batch(len(rows_b))
   )
   return _closing(iter(batches))
 
@@ -269,37 +261,39 @@ class _HostRows:
     batch_size: int,
     first_step: int,
     num_steps: int,
-    process_index: int,
-    process_count: int,
+    rows_b: Sequence[int] | np.ndarray,
   ):
     self._rows = rows
     self._batch_size = batch_size
-    self._per_host = batch_size // process_count
-    self._first_row = first_step * batch_size + process_index * self._per_host
+    self._rows_b = [int(row) for row in rows_b]
+    self._first_step = first_step
     self._num_batches = max(0, num_steps - first_step)
 
   def __len__(self) -> int:
-    return self._num_batches * self._per_host
+    return self._num_batches * len(self._rows_b)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    batch, row = divmod(index, self._per_host)
-    at = self._first_row + batch * self._batch_size + row
+    batch, row = divmod(index, len(self._rows_b))
+    step = self._first_step + batch
+    at = step * self._batch_size + self._rows_b[row]
     assert at < sys.maxsize
     return self._rows[at]
 
 
-def digest(batch: dict[str, np.ndarray], first_row: int) -> int:
-  """64 bits of a host's batch; over all hosts they add up, modulo 2**64.
+def digest(
+  batch: Mapping[str, np.ndarray], rows_b: Sequence[int] | np.ndarray
+) -> int:
+  """64 bits of some rows of a batch; of all rows they add up, modulo 2**64.
 
   Args:
     batch: as `train_batches` yields it.
-    first_row: of the global batch, the row where this host's rows begin.
+    rows_b: what rows of the global batch these are.
   """
   total = 0
-  for row, (tokens_T, positions_MP) in enumerate(
-    zip(batch['tokens'], batch['positions'], strict=True), start=first_row
+  for row, tokens_T, positions_MP in zip(
+    rows_b, batch['tokens'], batch['positions'], strict=True
   ):
-    hashed = hashlib.blake2b(row.to_bytes(8, 'little'), digest_size=8)
+    hashed = hashlib.blake2b(int(row).to_bytes(8, 'little'), digest_size=8)
     hashed.update(tokens_T.astype('<i4').tobytes())
     hashed.update(positions_MP.astype('<i4').tobytes())
     total += int.from_bytes(hashed.digest(), 'little')

@@ -271,7 +271,7 @@ def test_the_fitting_step_is_the_step(machine):
   rows = make_batch(_CONFIG.model, [24] * 8)
   # Images have three axes of positions, even where the model reads none.
   rows['positions'] = np.repeat(rows['positions'], 3, axis=2)
-  batch = partitioning.global_batch(rows, mesh)
+  batch = partitioning.global_batch(rows, mesh, _CONFIG.train.batch_size)
   step = plans.fitting_step(_CONFIG, mesh, batch)
   state, sums = step(state, batch)
   assert int(state.step) == 1

@@ -1,0 +1,106 @@
+"""What the processes of a job tell each other at every step.
+
+A few numbers of each process reach all, gathered by the devices in passing:
+nobody waits for them, they are read a step later with the metrics. So all
+processes know of a signal that one of them got, and act on it at the same
+step; and the digest of the whole batch is known, whoever loaded its rows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from perceiver_ar import distributed
+
+_SLOW = 1.5  # times the median host's work
+_SHARE = 0.1  # of the step, that a slow host must cost
+_MASK = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+  """Of one process and one step.
+
+  Attributes:
+    stop: the signal that asks it to stop, or 0.
+    digest: of its own rows of the batch, 64 bits.
+    data_seconds: it waited for its data.
+    own_seconds: it did anything but wait for devices; with `data_seconds`.
+  """
+
+  stop: int
+  digest: int
+  data_seconds: float
+  own_seconds: float
+
+
+class Exchange:
+  """Sends this process's reports and reads those of all."""
+
+  def __init__(self, mesh: Mesh):
+    first: dict[int, Any] = {}
+    for device in mesh.devices.flat:
+      known = first.setdefault(device.process_index, device)
+      if device.id < known.id:
+        first[device.process_index] = device
+    devices = [first[process] for process in sorted(first)]
+    self._is_alone = len(devices) == 1
+    processes = Mesh(np.array(devices), ('process',))
+    self._sharding = NamedSharding(processes, PartitionSpec('process'))
+    self._gather = jax.jit(
+      lambda reports: reports,
+      out_shardings=NamedSharding(processes, PartitionSpec()),
+    )
+
+  def send(self, report: Report) -> Any:
+    """Something to `read`, by all processes in the same order."""
+    row = _encode(report)[None]
+    if self._is_alone:
+      return row
+    return self._gather(
+      jax.make_array_from_process_local_data(self._sharding, row)
+    )
+
+  def read(self, sent: Any) -> list[Report]:
+    """Every process's, in order; waits until all have sent theirs."""
+    return [_decode(row) for row in np.asarray(sent)]
+
+
+def _encode(report: Report) -> np.ndarray:
+  seconds = np.array([report.data_seconds, report.own_seconds], np.float32)
+  words = [report.stop, report.digest >> 32, report.digest & _MASK]
+  return np.concatenate([np.array(words, np.uint32), seconds.view(np.uint32)])
+
+
+def _decode(row: np.ndarray) -> Report:
+  stop, high, low = (int(word) for word in row[:3])
+  data, own = (float(x) for x in row[3:].copy().view(np.float32))
+  return Report(
+    stop=stop,
+    digest=high << 32 | low,
+    data_seconds=data,
+    own_seconds=own,
+  )
+
+
+def slowest(reports: Sequence[Sequence[Report]], seconds: float) -> str:
+  """Names the host that the others wait for, or ''.
+
+  Args:
+    reports: of the last steps, each of all processes.
+    seconds: that a step took.
+  """
+  own_P = np.mean([[r.own_seconds for r in step] for step in reports], axis=0)
+  worst, usual = int(own_P.argmax()), float(np.median(own_P))
+  if own_P[worst] < _SLOW * usual or own_P[worst] - usual < _SHARE * seconds:
+    return ''
+  data = np.mean([step[worst].data_seconds for step in reports])
+  return (
+    f'process {distributed.name_of(worst)} is slow: of {seconds:.3g} s a step '
+    f'its host takes {own_P[worst]:.3g}, {data:.3g} of them for data; '
+    f'others take {usual:.3g}'
+  )

@@ -1,0 +1,145 @@
+"""Finding one's place, the roll call, and who differs."""
+
+import concurrent.futures
+import socket
+
+import pytest
+from hosts import free_port
+
+from perceiver_ar import distributed, roll_call
+from perceiver_ar.distributed import Place
+from perceiver_ar.errors import HostsError, UserError
+
+
+def find(address=None, num_processes=None, process_id=None):
+  return distributed.find_place(address, num_processes, process_id, seconds=1)
+
+
+def clear(monkeypatch, **environ):
+  for name in (
+    'SLURM_STEP_NODELIST',
+    'SLURM_PROCID',
+    'TPU_WORKER_HOSTNAMES',
+    'TPU_PROCESS_ADDRESSES',
+    'TPU_SKIP_MDS_QUERY',
+    'MEGASCALE_NUM_SLICES',
+  ):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+
+
+def test_a_process_is_alone_where_nothing_says_otherwise(monkeypatch):
+  clear(monkeypatch)
+  assert find() == Place()
+
+
+def test_flags_say_where_a_process_is():
+  place = find('10.0.0.1:8476', 4, 3)
+  assert place == Place('flags', '10.0.0.1:8476', 4, 3)
+
+
+def test_slurm_says_where_a_process_is(monkeypatch):
+  clear(
+    monkeypatch,
+    SLURM_JOB_ID='4096',
+    SLURM_STEP_NODELIST='node[007-009],other',
+    SLURM_STEP_NUM_NODES='4',
+    SLURM_NTASKS='4',
+    SLURM_PROCID='2',
+    SLURM_LOCALID='0',
+  )
+  place = find()
+  assert (place.kind, place.num_processes, place.process_id) == ('SLURM', 4, 2)
+  assert place.address == 'node007:61440'
+
+
+@pytest.mark.parametrize(
+  ('environ', 'num_chips', 'kind'),
+  [
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 4, ('GKE', 'gketpu')),
+    (
+      {'TPU_WORKER_HOSTNAMES': 'a,b', 'MEGASCALE_NUM_SLICES': '2'},
+      4,
+      ('GKE, 2 slices', 'gketpu'),
+    ),
+    ({}, 4, ('TPU VM', 'gcetpu')),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 0, None),
+    ({'JAX_PLATFORMS': 'cpu'}, 4, None),
+    ({'TPU_SKIP_MDS_QUERY': '1'}, 4, None),
+  ],
+)
+def test_chips_and_variables_tell_tpu_hosts_apart(environ, num_chips, kind):
+  assert distributed._surroundings(environ, num_chips) == kind
+
+
+@pytest.mark.parametrize(
+  ('flags', 'named'),
+  [
+    (('10.0.0.1:1', 2, None), 'all of --coordinator'),
+    (('10.0.0.1', 2, 0), '--coordinator=10.0.0.1 must be HOST:PORT'),
+    (('a:1', 2, 2), '--process_id=2 must be from 0 to 1'),
+  ],
+)
+def test_half_a_place_is_refused(flags, named):
+  with pytest.raises(UserError, match=named):
+    find(*flags)
+
+
+def roll(present, num_processes, seconds):
+  """What each of the present processes gets from the roll call."""
+  address = f'127.0.0.1:{free_port()}'
+
+  def one(process):
+    try:
+      return roll_call.call(address, process, num_processes, seconds)
+    except HostsError as error:
+      return str(error)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(one, present))
+
+
+def test_all_processes_learn_the_names_of_all():
+  names = [socket.gethostname()] * 4
+  assert roll([2, 0, 3, 1], 4, seconds=30) == [names] * 4
+
+
+def test_who_does_not_come_is_named_to_all():
+  for said in roll([0, 1, 3], 5, seconds=1):
+    assert 'start: processes 2, 4 did not come within 1 s' in said
+
+
+def test_a_first_process_that_does_not_come_is_named():
+  (said,) = roll([1], 2, seconds=0.5)
+  assert 'process 0 at 127.0.0.1:' in said
+  assert 'did not answer process 1 within 0.5 s' in said
+
+
+def test_the_odd_process_is_named_with_what_differs(monkeypatch):
+  monkeypatch.setattr(distributed._job, 'names', ['a', 'b', 'c'])
+  usual = {'jax': '0.10.2', 'train.seed': '1'}
+  odd = {'jax': '0.10.1', 'train.seed': '1', 'extra': 'x'}
+  assert distributed._odd_one([usual, usual, usual]) == ''
+  said = distributed._odd_one([odd, usual, usual])
+  assert 'process 0 (a) is not like the others' in said
+  assert 'jax is 0.10.1 there and 0.10.2 elsewhere' in said
+  assert 'extra is x there and absent elsewhere' in said
+  assert 'process 1 (b)' in distributed._odd_one([usual, odd])
+
+
+def test_software_knows_our_own_code(monkeypatch, tmp_path):
+  before = distributed.software()
+  assert before['jax']
+  assert len(before['code']) == 16
+  (tmp_path / 'x.py').write_text('')
+  monkeypatch.setattr(distributed, '__file__', str(tmp_path / 'y.py'))
+  assert distributed.software()['code'] != before['code']
+
+
+def test_alone_nothing_is_waited_for():
+  distributed.barrier('anything')
+  distributed.agree({'a': 'b'})
+  with distributed.first_process_first() as is_first:
+    assert is_first
+  distributed.leave(2)

@@ -1,0 +1,230 @@
+"""Jobs of several real processes: as one, or ended with a name."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from hosts import ROOT, ends, start_job
+from runs import TINY, final_params, rows, wait_until
+
+from perceiver_ar import checkpoint, workdir
+from perceiver_ar import config as config_lib
+
+_TRAIN = (
+  'train',
+  TINY,
+  '--config.train.batch_size=12',  # 1, 2, 3 or 4 processes divide it
+  '--config.train.num_steps=60',
+  '--config.checkpoint.save_every=20',
+  '--config.evaluate.every=60',
+  '--config.evaluate.batch_size=12',
+)
+_SECONDS = 15  # that a barrier waits, and more than compiling differs
+
+
+def train(folder, *words, **job):
+  return start_job(*_TRAIN, f'--workdir={folder}', *words, **job)
+
+
+def assert_all_end(job, status):
+  ended = ends(job)
+  assert [code for code, _ in ended] == [status] * len(ended), ended
+  return [said for _, said in ended]
+
+
+def leave_one(folder, processes, *, after):
+  """Trains until `after` steps are done, and asks one process to leave.
+
+  Returns:
+    The step that all have saved before they ended to be started again.
+  """
+
+  def num_rows():
+    path = folder / 'metrics.jsonl'
+    return path.read_bytes().count(b'\n') if path.exists() else 0
+
+  job = train(folder, processes=processes)
+  wait_until(lambda: num_rows() >= after, job[0])
+  job[-1].send_signal(signal.SIGTERM)
+  said = assert_all_end(job, 75)
+  step = checkpoint.saved_steps(folder)[-1]
+  assert f'SIGTERM: step {step} is saved; run again to go on' in said[0]
+  assert after <= step < 60
+  return step
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """A process that was never disturbed."""
+  folder = tmp_path_factory.mktemp('alone')
+  (said,) = assert_all_end(train(folder, processes=1), 0)
+  assert 'flags: 1 process' in said
+  return folder
+
+
+def assert_same_training(one, other):
+  """Digests to the bit, sums to what their order allows."""
+  a, b = rows(one), rows(other)
+  assert [row['step'] for row in a] == [row['step'] for row in b]
+  for x, y in zip(a, b, strict=True):
+    assert x.get('data_digest') == y.get('data_digest')
+    for name in {'loss', 'nats_per_token'} & set(x):
+      assert x[name] == pytest.approx(y[name], rel=1e-3)
+  config = config_lib.resolve(workdir.read_config(one))
+  (step, params), (last, others) = (
+    final_params(folder, config) for folder in (one, other)
+  )
+  assert step == last
+  for x, y in zip(
+    jax.tree.leaves(params), jax.tree.leaves(others), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=5e-3)
+
+
+def test_a_run_goes_on_with_fewer_hosts_after_one_is_asked_to_leave(
+  tmp_path, alone
+):
+  step = leave_one(tmp_path, 2, after=3)
+  (said,) = assert_all_end(train(tmp_path, processes=1), 0)
+  assert f'goes on from step {step} of 60' in said
+  assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_any_number_of_hosts_goes_on_with_a_run(tmp_path, alone):
+  steps = [leave_one(tmp_path, 4, after=5)]
+  steps.append(leave_one(tmp_path, 2, after=steps[-1] + 3))
+  steps.append(leave_one(tmp_path, 1, after=steps[-1] + 3))
+  assert steps == sorted(steps)
+  said = assert_all_end(train(tmp_path, processes=3), 0)
+  assert f'goes on from step {steps[-1]} of 60' in said[0]
+  assert_same_training(tmp_path, alone)
+  assert checkpoint.saved_steps(tmp_path)[-1] == 60
+
+
+def test_a_process_with_another_config_is_named_by_all(tmp_path):
+  job = train(
+    tmp_path,
+    processes=2,
+    extra=[[], ['--config.optimizer.learning_rate=0.5']],
+  )
+  for said in assert_all_end(job, 2):
+    assert 'is not like the others' in said
+    assert 'process 1 (' in said
+    assert 'optimizer.learning_rate is 0.5 there and 0.01 elsewhere' in said
+    assert 'Traceback' not in said
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'late'),
+  [
+    ('agreement', 1),
+    ('restore', 0),
+    ('files', 1),
+    ('first batch', 1),
+    ('compile', 1),
+    ('evaluation', 1),
+    ('save', 0),
+    ('exit', 1),
+  ],
+)
+def test_a_barrier_names_who_is_missing(tmp_path, name, late):
+  words = ['--config.train.num_steps=6', '--config.evaluate.every=3']
+  job = train(
+    tmp_path,
+    f'--barrier_seconds={_SECONDS}',
+    *words,
+    processes=2,
+    late=(late, name),
+  )
+  waiting = job[1 - late]
+  try:
+    said, _ = waiting.communicate(timeout=200)
+  finally:
+    job[late].kill()
+    job[late].communicate()
+  assert waiting.returncode == 75, said
+  assert f'{name}: process {late} (' in said
+  assert f'did not come within {_SECONDS} s' in said
+  assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [2, 4])
+def test_evaluation_and_samples_are_the_same_on_many_hosts(
+  tmp_path, alone, processes
+):
+  found = {}
+  for num in (1, processes):
+    for command, words in (
+      ('evaluate', ['--config.evaluate.batch_size=4', '--max_examples=10']),
+      ('sample', ['--num_samples=4', '--length=20', '--temperature=0.5']),
+    ):
+      output = tmp_path / f'{command}{num}.json'
+      words = [*words, f'--output={output}']
+      job = start_job(command, f'--workdir={alone}', *words, processes=num)
+      said = assert_all_end(job, 0)
+      assert all(other == '' for other in said[1:])
+      found[command, num] = json.loads(output.read_text())
+    found['texts', num] = [
+      path.read_bytes() for path in sorted((alone / 'samples').glob('sample-*'))
+    ]
+  one, many = found['evaluate', 1], found['evaluate', processes]
+  assert one['num_tokens'] == many['num_tokens'] == 310
+  assert many['nats_per_token'] == pytest.approx(one['nats_per_token'], 1e-6)
+  assert many['accuracy'] == one['accuracy']
+  assert found['texts', 1] == found['texts', processes]
+  assert len(found['texts', 1]) == 4
+
+
+def local(*words):
+  return subprocess.Popen(
+    [sys.executable, 'launch/local.py', *words],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    cwd=ROOT,
+  )
+
+
+def test_local_processes_have_labels_and_the_first_failure_is_shown(tmp_path):
+  job = local(
+    '--processes=3',
+    '--',
+    'train',
+    TINY,
+    f'--workdir={tmp_path}',
+    '--config.train.batch_size=8',
+  )
+  said, _ = job.communicate(timeout=200)
+  assert job.returncode == 2, said
+  lines = said.splitlines()
+  assert lines[0].startswith('[0] flags: 3 processes') or 'mesh' in lines[0]
+  at = next(i for i, x in enumerate(lines) if 'was the first to fail' in x)
+  assert all(line[:3] in ('[0]', '[1]', '[2]') for line in lines[:at])
+  assert 'with status 2' in lines[at]
+  assert 'train.batch_size' in lines[at + 1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_local_processes_which_save(tmp_path):
+  job = local(
+    '--processes=2',
+    '--',
+    *_TRAIN,
+    f'--workdir={tmp_path}',
+    '--config.train.num_steps=5000',
+  )
+  path = tmp_path / 'metrics.jsonl'
+  wait_until(lambda: path.exists() and path.stat().st_size, job)
+  job.send_signal(signal.SIGINT)
+  said, _ = job.communicate(timeout=200)
+  assert job.returncode == 130, said
+  assert 'SIGINT: step' in said
+  assert checkpoint.saved_steps(tmp_path)
