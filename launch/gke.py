@@ -1,0 +1,231 @@
+"""Starts the trainer on TPU slices of a GKE cluster, as one JobSet.
+
+  python launch/gke.py --topology=v5p:4x4x8 --num_slices=2 \\
+    --image=REGISTRY/perceiver-ar:1 --bucket=gs://BUCKET \\
+    -- train --config=configs/books.py:long
+
+The same command on every host; a host that is lost restarts all of them, a
+mistake (exit status 2) none. --dry_run shows the manifest, and XPK's command
+for the same, and needs no cluster.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jobset import Job, jobset, max_name_length, xpk_command
+from tpus import GENERATIONS, Slice, UserError, find_slice
+
+_USAGE = (
+  'gke.py --topology=CHIP:GRID --image=IMAGE --bucket=gs://BUCKET [FLAG ...] '
+  '-- train --config=FILE.py[:ARG] [--config.SECTION.KEY=VALUE ...]'
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints the JobSet, or applies it. Returns the exit status."""
+  words = list(sys.argv[1:] if argv is None else argv)
+  split = words.index('--') if '--' in words else len(words)
+  args = _parser().parse_args(words[:split])
+  try:
+    job = make_job(args, words[split + 1 :])
+    manifest = yaml.safe_dump(jobset(job), sort_keys=False)
+    if args.dry_run:
+      # The command is a comment, so that all of this is YAML.
+      print(f'{manifest}# The same with XPK:\n#   {xpk_command(job)}')
+      return 0
+    return _apply(job, manifest)
+  except UserError as error:
+    return _fail(str(error))
+
+
+def _apply(job: Job, manifest: str) -> int:
+  if not shutil.which('kubectl'):
+    raise UserError(
+      'kubectl is not on PATH; install it, or look at the manifest with '
+      '--dry_run'
+    )
+  command = ['kubectl', 'apply', '-f', '-']
+  result = subprocess.run(command, input=manifest, text=True)
+  if result.returncode:
+    _fail(
+      f'kubectl apply failed with exit status {result.returncode}; the cluster '
+      'must have JobSet 0.6 or later, and no other JobSet of the name '
+      f'{job.name}'
+    )
+    return result.returncode
+  place = f' --namespace={job.namespace}' if job.namespace else ''
+  first = (
+    f'jobset.sigs.k8s.io/jobset-name={job.name},'
+    'jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0'
+  )
+  print(f'see it:    kubectl get jobset {job.name}{place}')
+  print(f'follow it: kubectl logs --follow --selector={first}{place}')
+  print(f'stop it:   kubectl delete jobset {job.name}{place}')
+  return 0
+
+
+def _fail(sentence: str) -> int:
+  """Says what is wrong, and gives the exit status of a mistake."""
+  print(f'gke.py: {sentence}', file=sys.stderr)
+  return 2
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as for all other mistakes."""
+
+  def error(self, message: str) -> NoReturn:
+    sys.exit(_fail(f'{message}; see gke.py --help'))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog='gke.py',
+    usage=_USAGE,
+    description=(__doc__ or '').split('\n\n')[0],
+    epilog='What follows -- is run on every host. Started again with the same '
+    'name, it goes on from the last checkpoint. docs/launch.md has more.',
+    allow_abbrev=False,
+  )
+  _add_job(parser)
+  parser.add_argument(
+    '--queue', help='LocalQueue of Kueue that admits it; default: none'
+  )
+  parser.add_argument(
+    '--priority', metavar='CLASS', help='PriorityClass of its pods'
+  )
+  parser.add_argument(
+    '--max_restarts',
+    type=int,
+    default=100,
+    help='of all hosts together, preemptions among them; default: 100',
+  )
+  parser.add_argument(
+    '--ramdisk',
+    type=int,
+    default=0,
+    metavar='GiB',
+    help="of a host's memory, as /ramdisk; emptied by a restart",
+  )
+  parser.add_argument(
+    '--disk',
+    type=int,
+    default=0,
+    metavar='GiB',
+    help="of a host's disk, as /scratch; emptied by a restart. With --queue "
+    'its ClusterQueue must have a quota of ephemeral-storage',
+  )
+  parser.add_argument(
+    '--dry_run',
+    action='store_true',
+    help="print the manifest and XPK's command, and start nothing",
+  )
+  return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--topology',
+    required=True,
+    metavar='CHIP:GRID',
+    help=f'of a slice, such as v5p:4x4x8; chips: {", ".join(GENERATIONS)}',
+  )
+  parser.add_argument(
+    '--num_slices', type=int, default=1, help='joined by DCN; default: 1'
+  )
+  parser.add_argument(
+    '--image', required=True, help='that has perceiver-ar (Dockerfile)'
+  )
+  parser.add_argument(
+    '--bucket',
+    required=True,
+    metavar='gs://BUCKET',
+    help='the workdir is --bucket/--name, unless the command has a --workdir',
+  )
+  parser.add_argument(
+    '--name', help='of the run; default: that of its config, such as books-long'
+  )
+  parser.add_argument(
+    '--namespace', help="of the cluster; default: kubectl's current one"
+  )
+
+
+def make_job(args: argparse.Namespace, command: Sequence[str]) -> Job:
+  """Checks the flags against each other, and fills in what follows."""
+  tpu = find_slice(args.topology)
+  if args.num_slices < 1:
+    raise UserError(f'--num_slices={args.num_slices} must be at least 1')
+  if args.num_slices > 1 and tpu.num_hosts == 1:
+    raise UserError(
+      f'--num_slices={args.num_slices} with --topology={args.topology}: GKE '
+      'joins slices of two hosts or more; use a larger topology'
+    )
+  for flag in ('max_restarts', 'ramdisk', 'disk'):
+    if getattr(args, flag) < 0:
+      raise UserError(f'--{flag}={getattr(args, flag)} must be at least 0')
+  if not re.fullmatch(r'gs://[^/\s]+(/\S*)?', args.bucket):
+    raise UserError(
+      f'--bucket={args.bucket} must be a gs:// path, such as gs://runs'
+    )
+  name = args.name or _name_of(command)
+  _check_name(name, tpu, args.num_slices)
+  return Job(
+    name=name,
+    namespace=args.namespace,
+    image=args.image,
+    command=_complete(command, f'{args.bucket.rstrip("/")}/{name}'),
+    slice=tpu,
+    num_slices=args.num_slices,
+    queue=args.queue,
+    priority=args.priority,
+    max_restarts=args.max_restarts,
+    ramdisk=args.ramdisk,
+    disk=args.disk,
+  )
+
+
+def _name_of(command: Sequence[str]) -> str:
+  """Such as 'books-long', of --config=configs/books.py:long."""
+  configs = [word[9:] for word in command if word.startswith('--config=')]
+  file, _, arg = configs[-1].partition(':') if configs else ('', '', '')
+  words = re.findall(r'[a-z0-9]+', f'{Path(file).stem} {arg}'.lower())
+  return '-'.join(words) or 'perceiver-ar'
+
+
+def _check_name(name: str, tpu: Slice, num_slices: int) -> None:
+  room = max_name_length(tpu, num_slices)
+  if len(name) > room or not re.fullmatch(r'[a-z]([a-z0-9-]*[a-z0-9])?', name):
+    raise UserError(
+      f'--name={name} must begin with a letter, have only a-z, 0-9 and - in '
+      f'it, and at most {room} characters'
+    )
+
+
+def _complete(command: Sequence[str], workdir: str) -> tuple[str, ...]:
+  """The whole command line of a host, with its workdir."""
+  if not command or command[0] != 'train':
+    raise UserError(
+      'the trainer is told what to do behind --, as in: -- train '
+      '--config=configs/books.py:long'
+    )
+  for i, word in enumerate(command):
+    flag, _, value = word.partition('=')
+    if flag == '--workdir':
+      value = value or ' '.join(command[i + 1 : i + 2])
+      if not value.startswith('gs://'):
+        raise UserError(
+          f'--workdir={value} would be another folder on every host; use a '
+          'gs:// path, or leave it to --bucket and --name'
+        )
+      return 'perceiver-ar', *command
+  return 'perceiver-ar', *command, f'--workdir={workdir}'
+
+
+if __name__ == '__main__':
+  sys.exit(main())
