@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from jobset import Job, jobset, max_name_length, xpk_command
+from jobset import DATA, Job, jobset, max_name_length, xpk_command
 from tpus import GENERATIONS, Slice, UserError, find_slice
 
 _USAGE = (
@@ -149,6 +149,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     help='the workdir is --bucket/--name, unless the command has a --workdir',
   )
   parser.add_argument(
+    '--data',
+    metavar='gs://FOLDER',
+    help='a prepared data set, copied to every host before it starts; default: '
+    'none, as the image has it, or the config needs none',
+  )
+  parser.add_argument(
     '--name', help='of the run; default: that of its config, such as books-long'
   )
   parser.add_argument(
@@ -173,13 +179,21 @@ def make_job(args: argparse.Namespace, command: Sequence[str]) -> Job:
     raise UserError(
       f'--bucket={args.bucket} must be a gs:// path, such as gs://runs'
     )
+  if args.data and not args.data.startswith('gs://'):
+    raise UserError(
+      f'--data={args.data} must be a gs:// path; upload the prepared folder '
+      'with gcloud storage cp --recursive'
+    )
   name = args.name or _name_of(command)
   _check_name(name, tpu, args.num_slices)
   return Job(
     name=name,
     namespace=args.namespace,
     image=args.image,
-    command=_complete(command, f'{args.bucket.rstrip("/")}/{name}'),
+    command=_complete(
+      command, f'{args.bucket.rstrip("/")}/{name}', bool(args.data)
+    ),
+    data=args.data,
     slice=tpu,
     num_slices=args.num_slices,
     queue=args.queue,
@@ -207,24 +221,42 @@ def _check_name(name: str, tpu: Slice, num_slices: int) -> None:
     )
 
 
-def _complete(command: Sequence[str], workdir: str) -> tuple[str, ...]:
-  """The whole command line of a host, with its workdir."""
+def _complete(
+  command: Sequence[str], workdir: str, has_data: bool
+) -> tuple[str, ...]:
+  """The whole command line of a host, with its folders."""
   if not command or command[0] != 'train':
     raise UserError(
       'the trainer is told what to do behind --, as in: -- train '
       '--config=configs/books.py:long'
     )
-  for i, word in enumerate(command):
-    flag, _, value = word.partition('=')
-    if flag == '--workdir':
-      value = value or ' '.join(command[i + 1 : i + 2])
-      if not value.startswith('gs://'):
-        raise UserError(
-          f'--workdir={value} would be another folder on every host; use a '
-          'gs:// path, or leave it to --bucket and --name'
-        )
-      return 'perceiver-ar', *command
-  return 'perceiver-ar', *command, f'--workdir={workdir}'
+  words = ['perceiver-ar', *command]
+  given = _value(command, '--workdir')
+  if given is None:
+    words.append(f'--workdir={workdir}')
+  elif not given.startswith('gs://'):
+    raise UserError(
+      f'--workdir={given} would be another folder on every host; use a gs:// '
+      'path, or leave it to --bucket and --name'
+    )
+  if has_data:
+    path = _value(command, '--config.data.path')
+    if path is not None:
+      raise UserError(
+        f'--config.data.path={path} is set by --data; give one of them'
+      )
+    words.append(f'--config.data.path={DATA}')
+  return tuple(words)
+
+
+def _value(command: Sequence[str], flag: str) -> str | None:
+  """Of --flag=VALUE or --flag VALUE, if it is there."""
+  for word, following in zip(command, [*command[1:], ''], strict=True):
+    if word == flag:
+      return following
+    if word.startswith(f'{flag}='):
+      return word.split('=', 1)[1]
+  return None
 
 
 if __name__ == '__main__':

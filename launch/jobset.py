@@ -15,6 +15,7 @@ from tpus import Slice
 _JOB = 'slice'  # the only replicated job: one of its jobs per slice
 _CONTAINER = 'trainer'
 _MISTAKE = 2  # exit status of the trainer
+DATA = '/data'  # where the data set is, in the container
 # Between SIGTERM and SIGKILL: a step, a checkpoint, and its upload. Nodes that
 # are taken away (Spot) give less, whatever is asked for here.
 _GRACE_SECONDS = 600
@@ -27,6 +28,7 @@ class Job:
   Attributes:
     name: of the JobSet, and of the run's folder in the bucket.
     command: of every host.
+    data: gs:// folder to be copied to `DATA`, or None.
     ramdisk, disk: GiB for the container's /ramdisk and /scratch, or 0.
   """
 
@@ -34,6 +36,7 @@ class Job:
   namespace: str | None
   image: str
   command: tuple[str, ...]
+  data: str | None
   slice: Slice
   num_slices: int
   queue: str | None
@@ -126,13 +129,24 @@ def _pod_spec(job: Job) -> dict[str, Any]:
   }
   if job.priority:
     spec['priorityClassName'] = job.priority
+  container = _container(job)
   volumes = _volumes(job)
   if volumes:
     spec['volumes'] = [volume for volume, _ in volumes]
-  container = _container(job)
-  if volumes:
     container['volumeMounts'] = [mount for _, mount in volumes]
+  if job.data:
+    spec['initContainers'] = [_copy(job.data)]
   return spec | {'containers': [container]}
+
+
+def _copy(data: str) -> dict[str, Any]:
+  # Records are read at random all the time: from a disk, not over the network.
+  return {
+    'name': 'copy',
+    'image': 'gcr.io/google.com/cloudsdktool/google-cloud-cli:slim',
+    'command': ['gcloud', 'storage', 'rsync', '--recursive', data, DATA],
+    'volumeMounts': [{'name': 'data', 'mountPath': DATA}],
+  }
 
 
 def _container(job: Job) -> dict[str, Any]:
@@ -191,7 +205,9 @@ def _env(job: Job) -> list[dict[str, Any]]:
 
 def _volumes(job: Job) -> list[tuple[dict[str, Any], dict[str, Any]]]:
   """Volumes, each with its mount."""
-  volumes = []
+  volumes: list[tuple[str, dict[str, str]]] = []
+  if job.data:
+    volumes.append(('data', {}))
   if job.ramdisk:
     source = {'medium': 'Memory', 'sizeLimit': f'{job.ramdisk}Gi'}
     volumes.append(('ramdisk', source))
@@ -207,7 +223,7 @@ def _volumes(job: Job) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def xpk_command(job: Job) -> str:
-  """The same job by XPK, which has a queue and no volumes of its own."""
+  """The same job by XPK, whose queue, volumes and data are its own."""
   words = [
     *('xpk', 'workload', 'create', '--cluster=CLUSTER'),
     f'--workload={job.name}',

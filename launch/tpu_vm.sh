@@ -8,7 +8,7 @@ Runs the trainer on Cloud TPU VMs, asked for as a queued resource.
 
   tpu_vm.sh create --name=N --zone=Z --type=T [--num_slices=] [--spot]
                    [--runtime=]
-  tpu_vm.sh run    --name=N --zone=Z [--num_slices=] [--max_restarts=]
+  tpu_vm.sh run    --name=N --zone=Z [--num_slices=] [--max_restarts=] [--data=]
                    -- train --config=FILE.py[:ARG] --workdir=gs://BUCKET/RUN
   tpu_vm.sh logs   --name=N --zone=Z [--num_slices=] [--worker=]
   tpu_vm.sh delete --name=N --zone=Z
@@ -27,6 +27,8 @@ delete  gives the TPUs back, running or not
   --num_slices    of --type each, joined by DCN; default: 1   [NUM_SLICES]
   --spot          capacity that may be taken away at any time
   --max_restarts  of a host after failures; default: 100
+  --data          gs:// folder of a prepared data set; copied to all hosts, and
+                  the config's data.path
   --worker        host of slice 0 to follow, or all; default: 0
   --dry_run       print the gcloud commands and run none of them
 
@@ -121,6 +123,9 @@ check_command() {
     fail 'all hosts must see one --workdir; add --workdir=gs://BUCKET/RUN' \
       'behind --'
   fi
+  if [[ -n $data && " ${command[*]} " == *' --config.data.path'* ]]; then
+    fail "--data=$data sets --config.data.path, too; give one of them"
+  fi
 }
 
 # Packs the files of this checkout, new and changed ones too.
@@ -154,7 +159,10 @@ run() {
   done
   local new=perceiver-ar.new
   everywhere "rm -rf $new && mkdir $new && tar -xzf $archive -C $new && \
-$new/launch/tpu_vm_host.sh install"
+$new/launch/tpu_vm_host.sh install $(printf '%q' "$data")"
+  if [[ -n $data ]]; then
+    command+=(--config.data.path=/tmp/perceiver-ar.data)
+  fi
   everywhere "perceiver-ar/launch/tpu_vm_host.sh start $max_restarts\
 $(printf ' %q' "${command[@]}")"
 }
@@ -178,13 +186,14 @@ check_flags() {
     fail "--num_slices=$num_slices must be a number of at least 1"
   [[ $max_restarts =~ ^[0-9]+$ ]] ||
     fail "--max_restarts=$max_restarts must be a number of at least 0"
+  [[ $data =~ ^(gs://.+)?$ ]] || fail "--data=$data must be a gs:// folder"
   [[ $worker =~ ^([0-9]+|all)$ ]] ||
     fail "--worker=$worker must be the number of a host, or all"
 }
 
 name=${TPU_NAME:-} zone=${ZONE:-} type=${ACCELERATOR_TYPE:-}
 runtime=${RUNTIME_VERSION:-} num_slices=${NUM_SLICES:-1}
-max_restarts=100 worker=0 spot=no dry_run=no command=()
+data='' max_restarts=100 worker=0 spot=no dry_run=no command=()
 verb=${1:-}
 case $verb in
   create | run | logs | delete) shift ;;
@@ -199,6 +208,7 @@ while (($#)); do
     --runtime=*) runtime=${1#*=} ;;
     --num_slices=*) num_slices=${1#*=} ;;
     --max_restarts=*) max_restarts=${1#*=} ;;
+    --data=*) data=${1#*=} ;;
     --worker=*) worker=${1#*=} ;;
     --spot) spot=yes ;;
     --dry_run) dry_run=yes ;;

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # What tpu_vm.sh has a TPU VM do; it is of no use elsewhere.
-#   install             replaces ~/perceiver-ar by ~/perceiver-ar.new
+#   install DATA        replaces ~/perceiver-ar by ~/perceiver-ar.new, and
+#                       copies gs:// folder DATA, unless it is ''
 #   start MAX COMMAND   runs COMMAND in the background, restarted MAX times
 set -euo pipefail
 
 source_dir=$HOME/perceiver-ar
 venv=$HOME/perceiver-ar.venv
+data=/tmp/perceiver-ar.data
 log=$HOME/perceiver-ar.log
 pid_file=$HOME/perceiver-ar.pid
 
@@ -39,6 +41,11 @@ install() {
   cd "$source_dir"
   python3 -m uv pip install --quiet --python="$venv/bin/python" \
     --constraints=constraints.txt --editable='.[tpu]'
+  if [[ -n $1 ]]; then
+    mkdir -p "$data"
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects \
+      "$1" "$data"
+  fi
 }
 
 start() {

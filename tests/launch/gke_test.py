@@ -226,6 +226,16 @@ def test_ramdisk_and_disk_are_mounted(capsys):
   assert resources['limits']['ephemeral-storage'] == '50Gi'
 
 
+def test_data_are_copied_before_the_trainer_starts(capsys):
+  manifest = _rendered(capsys, data='gs://runs/pg19')
+  [copy] = _pod(manifest)['initContainers']
+  assert copy['command'][-2:] == ['gs://runs/pg19', '/data']
+  container = _container(manifest)
+  assert container['volumeMounts'] == copy['volumeMounts']
+  assert container['command'][-1] == '--config.data.path=/data'
+  assert _pod(manifest)['volumes'] == [{'name': 'data', 'emptyDir': {}}]
+
+
 @pytest.mark.parametrize(
   ('command', 'flags', 'name', 'workdir'),
   [
@@ -260,6 +270,12 @@ def test_a_workdir_of_the_command_is_kept(capsys, words):
     (_TRAIN, {'ramdisk': -1}, '--ramdisk=-1'),
     (_TRAIN, {'disk': 'x'}, '--disk'),
     (_TRAIN, {'bucket': 'runs'}, '--bucket=runs'),
+    (_TRAIN, {'data': 'pg19'}, '--data=pg19'),
+    (
+      [*_TRAIN, '--config.data.path=/x'],
+      {'data': 'gs://runs/pg19'},
+      '--config.data.path=/x',
+    ),
     (_TRAIN, {'name': 'My_run'}, '--name=My_run'),
     (_TRAIN, {'name': 'a' * 50}, 'at most'),
     (_TRAIN, {'zone': 'x'}, '--zone'),

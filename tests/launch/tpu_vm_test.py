@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,14 @@ echo . >> "$HOME/times"
 exit "$(sed -n "$(wc -l < "$HOME/times")p" "$HOME/statuses")"
 """
 
+# Makes no folder outside of the host's.
+_MKDIR = """#!/bin/sh
+case "$*" in
+  *' /tmp/perceiver-ar.data'*) ;;
+  *) exec /bin/mkdir "$@" ;;
+esac
+"""
+
 
 def _write(path, text):
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,12 +90,12 @@ def stub(tmp_path, monkeypatch):
       os.kill(int(file.read_text()), signal.SIGTERM)
 
 
-def _run(*words, status=0, **env):
+def _run(*words: str, status: int = 0, env: dict[str, str] | None = None):
   result = subprocess.run(
     [_SCRIPT, *words],
     capture_output=True,
     text=True,
-    env=os.environ | env,
+    env=os.environ | (env or {}),
     timeout=60,
   )
   assert result.returncode == status, result.stderr
@@ -111,7 +120,7 @@ _DESCRIBE = [
 
 
 def test_create_asks_for_one_slice(stub):
-  result = _run('create', *_WHERE, '--type=v5p-256', STATE='WAITING')
+  result = _run('create', *_WHERE, '--type=v5p-256', env={'STATE': 'WAITING'})
   create = [
     *('queued-resources', 'create', 'it', '--zone=us-east5-a'),
     '--accelerator-type=v5p-256',
@@ -138,10 +147,10 @@ def test_flags_come_from_the_environment(stub):
     'ACCELERATOR_TYPE': 'v6e-16',
     'NUM_SLICES': '2',
   }
-  _run('create', **env)
+  _run('create', env=env)
   assert '--node-count=2' in _calls(stub)[0]
   assert '--runtime-version=v2-alpha-tpuv6e' in _calls(stub)[0]
-  _run('create', '--num_slices=1', **env)
+  _run('create', '--num_slices=1', env=env)
   assert '--node-id=it' in _calls(stub)[2]
 
 
@@ -173,6 +182,52 @@ def test_run_installs_and_trains_on_every_slice(stub):
     assert '--editable=.[tpu]' in (home / 'installed').read_text()
 
 
+def test_run_copies_data_before_it_trains(stub):
+  home = stub / 'hosts' / 'it'
+  _write(home / 'statuses', '0\n')
+  _write(
+    stub / 'host_bin' / 'gcloud',
+    f'#!/bin/sh\n[ ! -e {home}/trained ] && echo "$@" > {home}/copied\n',
+  )
+  _write(stub / 'host_bin' / 'mkdir', _MKDIR)
+  _run('run', *_WHERE, '--data=gs://runs/pg19', *_TRAIN)
+  _wait_for(home / 'perceiver-ar.log', 'finished')
+  path = (home / 'copied').read_text().split()[-1]
+  assert 'gs://runs/pg19' in (home / 'copied').read_text()
+  trained = (home / 'trained').read_text().splitlines()
+  assert trained[-1] == f'--config.data.path={path}'
+
+
+def test_run_copies_the_checkout_as_it_is(stub):
+  """Changed and new files go along; ignored and deleted ones do not."""
+  checkout = stub / 'checkout'
+  (checkout / 'launch').mkdir(parents=True)
+  for script in (_SCRIPT, _HOST):
+    shutil.copy(script, checkout / 'launch')
+  for name in ('kept', 'changed', 'deleted'):
+    (checkout / name).write_text('old')
+  (checkout / '.gitignore').write_text('ignored\n')
+  git = ['git', '-C', str(checkout)]
+  subprocess.run([*git, 'init', '--quiet'], check=True)
+  subprocess.run([*git, 'add', '--all'], check=True)
+  (checkout / 'changed').write_text('new')
+  (checkout / 'added').write_text('new')
+  (checkout / 'ignored').write_text('new')
+  (checkout / 'deleted').unlink()
+  home = stub / 'hosts' / 'it'
+  _write(home / 'statuses', '0\n')
+  script = checkout / 'launch' / _SCRIPT.name
+  subprocess.run([script, 'run', *_WHERE, *_TRAIN], check=True, timeout=60)
+  copied = home / 'perceiver-ar'
+  assert {p.name: p.read_text() for p in copied.iterdir() if p.is_file()} == {
+    '.gitignore': 'ignored\n',
+    'kept': 'old',
+    'changed': 'new',
+    'added': 'new',
+  }
+  _wait_for(home / 'perceiver-ar.log', 'finished')
+
+
 def test_run_replaces_a_run_of_before(stub):
   """Which is told to stop, and has ended when the next begins."""
   waits = (
@@ -194,7 +249,9 @@ def test_run_replaces_a_run_of_before(stub):
 
 
 def test_run_waits_for_nothing_that_is_not_active(stub):
-  result = _run('run', *_WHERE, *_TRAIN, status=2, STATE='PROVISIONING')
+  result = _run(
+    'run', *_WHERE, *_TRAIN, status=2, env={'STATE': 'PROVISIONING'}
+  )
   assert 'PROVISIONING' in result.stderr
   assert _calls(stub) == [_DESCRIBE]
 
@@ -255,7 +312,7 @@ def test_a_dry_run_prints_what_would_be_done(stub, verb, more, num_lines):
   ],
 )
 def test_a_failing_gcloud_ends_it(stub, verb, more, fails, num_calls):
-  result = _run(verb, *_WHERE, *more, status=7, FAIL=fails)
+  result = _run(verb, *_WHERE, *more, status=7, env={'FAIL': fails})
   assert 'exit status 7' in result.stderr
   assert len(_calls(stub)) == num_calls
 
@@ -274,6 +331,11 @@ def test_a_failing_gcloud_ends_it(stub, verb, more, fails, num_calls):
     (['logs', *_WHERE, '--worker=first'], '--worker=first'),
     (['run', *_WHERE, '--max_restarts=x', *_TRAIN], '--max_restarts=x'),
     (['run', *_WHERE], '-- train'),
+    (['run', *_WHERE, '--data=pg19', *_TRAIN], '--data=pg19'),
+    (
+      ['run', *_WHERE, '--data=gs://a', *_TRAIN, '--config.data.path=b'],
+      '--config.data.path',
+    ),
     (['run', *_WHERE, '--', 'sample'], '-- train'),
     (['run', *_WHERE, '--', 'train', '--workdir=runs/a'], 'gs://'),
   ],
@@ -290,7 +352,7 @@ def test_help_is_enough(stub):
   text = _run('--help').stdout
   cases = re.compile(r'^    (--\w+)(?:=\*)?\) ', re.MULTILINE)
   flags = cases.findall(_SCRIPT.read_text())
-  assert len(flags) == 9
+  assert len(flags) == 10
   assert all(f'\n  {flag} ' in text for flag in flags)
   assert _run('run', '--help').stdout == text
 
