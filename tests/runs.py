@@ -74,8 +74,10 @@ def start(cache: pathlib.Path, *words: str) -> subprocess.Popen[str]:
   )
 
 
-def wait_until(is_true: Callable[[], Any], process: Any) -> None:
-  end = time.monotonic() + 120
+def wait_until(
+  is_true: Callable[[], Any], process: Any, seconds: float = 120
+) -> None:
+  end = time.monotonic() + seconds
   while not is_true():
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < end, 'timed out'

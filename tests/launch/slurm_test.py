@@ -14,6 +14,7 @@ from runs import TINY, rows, wait_until
 from perceiver_ar import checkpoint
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'scontrol')
+_PATIENCE = 300  # seconds: two starts, and a requeued job's wait
 _WORDS = (
   'train',
   TINY,
@@ -95,10 +96,10 @@ def slurm(tmp_path):
 
   try:
     for words in daemons:
-      out = (folder / f'{words[0]}.out').open('wb')
-      running.append(
-        subprocess.Popen(words, env=environ, stdout=out, stderr=out)
-      )
+      with (folder / f'{words[0]}.out').open('wb') as out:
+        running.append(
+          subprocess.Popen(words, env=environ, stdout=out, stderr=out)
+        )
       time.sleep(1)
     yield command
   finally:
@@ -139,12 +140,15 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_digests(
   wait_until(
     lambda: metrics.exists() and metrics.read_bytes().count(b'\n') >= 3,
     Alive(),
+    _PATIENCE,
   )
   slurm('scancel', '--signal=TERM', job)
-  wait_until(lambda: said('status 75; queued again (restart 1)'), Alive())
+  wait_until(
+    lambda: said('status 75; queued again (restart 1)'), Alive(), _PATIENCE
+  )
   step = checkpoint.saved_steps(folder)[-1]
   assert 3 <= step < 60
-  wait_until(lambda: said('trained to step 60'), Alive())
+  wait_until(lambda: said('trained to step 60'), Alive(), _PATIENCE)
   text = log.read_text()
   assert f'SIGTERM: step {step} is saved' in text
   assert text.count('SLURM: 2 processes') == 2
