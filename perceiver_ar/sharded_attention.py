@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -98,6 +99,40 @@ def row_major(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     axis_names={*mesh.auto_axes},
     check_vma=False,
   )(x)
+
+
+def sum_inputs(x_BMF: jax.Array, ids_BM: jax.Array, num_rows: int) -> jax.Array:
+  """Sums of `INPUTS` that have the same id, float32 [V, F] of `num_rows` V.
+
+  Sorted by id on every device first. XLA would sort them itself, but write all
+  of them in float32 before.
+  """
+
+  def local(x_BMF: jax.Array, ids_BM: jax.Array) -> jax.Array:
+    order = jnp.argsort(ids_BM.reshape(-1))
+    x_TF = x_BMF.reshape(-1, x_BMF.shape[-1])[order]
+    sums_VF = jnp.zeros((num_rows, x_TF.shape[1]), jnp.float32)
+    sums_VF = sums_VF.at[ids_BM.reshape(-1)[order]].add(
+      x_TF.astype(jnp.float32),
+      mode='drop',
+      indices_are_sorted=True,
+      wrap_negative_indices=False,
+    )
+    return jax.lax.psum(sums_VF, axes) if axes else sums_VF
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    axes = ()
+    return local(x_BMF, ids_BM)
+  where = partitioning.spec(INPUTS)
+  axes = partitioning.axes_of(where[0]) + partitioning.axes_of(where[1])
+  return jax.shard_map(
+    local,
+    in_specs=(where, PartitionSpec(*where[:2])),
+    out_specs=PartitionSpec(None, where[2]),
+    axis_names={*mesh.auto_axes},
+    check_vma=False,
+  )(x_BMF, ids_BM)
 
 
 def num_input_shards() -> int:

@@ -86,6 +86,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   workdir.agree(config, documents)
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
   mesh_checks.check_train(config, mesh)
+  workdir.keep_compiled(folder, mesh.devices.flat[0].platform)
   evaluator = _evaluator(config, mesh)
   abstract = train_step_lib.abstract_state(config, mesh)
   workdir.check(folder, config, documents)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from typing import Any, Protocol, TypeAlias
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -91,6 +92,19 @@ def check_shared(workdir: Path) -> None:
       f'process {distributed.me()} does not see the {workdir} of process 0; '
       'use a --workdir that all hosts share'
     )
+
+
+def keep_compiled(workdir: Path, platform: str) -> None:
+  """What one host compiles is there for the others, and for the next start.
+
+  Not on CPU, where a program is of the machine that compiled it; nor where
+  JAX_COMPILATION_CACHE_DIR names another place.
+  """
+  name = 'jax_compilation_cache_dir'
+  if platform == 'cpu' or getattr(jax.config, name):
+    return
+  folder = epath.Path(workdir).resolve() / 'compiled'
+  jax.config.update(name, str(folder))
 
 
 def check_fingerprint(workdir: Path, data: DataSet) -> None:

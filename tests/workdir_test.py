@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -122,3 +123,18 @@ def test_files_are_plain_json(tmp_path):
   about = json.loads((tmp_path / 'dataset.json').read_text())
   assert about['positions']['rows'] == [[1, 1], [1, 2], [2, 1]]
   assert about['vocabulary']['kind'] == 'bytes'
+
+
+@pytest.mark.parametrize(
+  ('platform', 'set_before', 'set_after'),
+  [('cpu', None, None), ('tpu', None, '{}/compiled'), ('tpu', 'own', 'own')],
+)
+def test_compiled_programs_are_kept_for_all_hosts(
+  tmp_path, monkeypatch, platform, set_before, set_after
+):
+  kept = {'jax_compilation_cache_dir': set_before}
+  config = types.SimpleNamespace(**kept, update=kept.__setitem__)
+  monkeypatch.setattr(workdir.jax, 'config', config)
+  workdir.keep_compiled(tmp_path, platform)
+  wanted = set_after and set_after.format(tmp_path)
+  assert kept['jax_compilation_cache_dir'] == wanted

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -21,13 +23,25 @@ def render_wav(midi: epath.PathLike, wav: epath.PathLike) -> str:
   font = _soundfont()
   if isinstance(font, str):
     return font
-  target = Path(wav)
-  # Half a file must never look like all of it.
-  partial = target.with_name(f'.{target.name}.partial')
-  command = [
-    synthesizer, '-n', '-i', '-q', '-r', '44100', '-g', _GAIN, '-T', 'wav',
-    '-F', str(partial), str(font), str(midi),
-  ]  # fmt: skip
+  with tempfile.TemporaryDirectory() as scratch:  # on a disk, which both need
+    local = Path(scratch) / 'a.mid'
+    local.write_bytes(epath.Path(midi).read_bytes())
+    made = local.with_suffix('.wav')
+    command = [
+      synthesizer, '-n', '-i', '-q', '-r', '44100', '-g', _GAIN, '-T', 'wav',
+      '-F', str(made), str(font), str(local),
+    ]  # fmt: skip
+    if reason := _run(command, made):
+      return f'there is no sound because fluidsynth {reason}'
+    # Half a file must never look like all of it.
+    partial = epath.Path(wav).parent / f'.{epath.Path(wav).name}.partial'
+    partial.write_bytes(made.read_bytes())
+    partial.replace(wav)
+  return ''
+
+
+def _run(command: Sequence[str], made: Path) -> str:
+  """Runs the synthesizer; '' or what went wrong."""
   try:
     done = subprocess.run(
       command,
@@ -36,19 +50,13 @@ def render_wav(midi: epath.PathLike, wav: epath.PathLike) -> str:
       timeout=_TIMEOUT,
       check=False,
     )
-    if done.returncode or not partial.exists():
-      said = done.stderr.decode(errors='replace').strip().splitlines()
-      return (
-        'there is no sound because fluidsynth failed '
-        f'({said[-1] if said else f"status {done.returncode}"})'
-      )
-    partial.replace(target)
   except subprocess.TimeoutExpired:
-    return f'there is no sound because fluidsynth took over {_TIMEOUT:.0f} s'
+    return f'took over {_TIMEOUT:.0f} s'
   except OSError as error:
-    return f'there is no sound because fluidsynth cannot run ({error.strerror})'
-  finally:
-    partial.unlink(missing_ok=True)
+    return f'cannot run ({error.strerror})'
+  if done.returncode or not made.exists():
+    said = done.stderr.decode(errors='replace').strip().splitlines()
+    return f'failed ({said[-1] if said else f"status {done.returncode}"})'
   return ''
 
 

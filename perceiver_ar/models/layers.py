@@ -184,6 +184,31 @@ def _rows_backward(
 rows.defvjp(_rows_forward, _rows_backward)
 
 
+@jax.custom_vjp
+def input_rows(table_VF: jax.Array, ids_BM: jax.Array) -> jax.Array:
+  """The same, of inputs: their gradients are summed where they lie."""
+  found_BMF = rows(table_VF, ids_BM)
+  return constrain(found_BMF, sharded_attention.INPUTS)
+
+
+def _input_rows_forward(
+  table_VF: jax.Array, ids_BM: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return input_rows(table_VF, ids_BM), (table_VF, ids_BM)
+
+
+def _input_rows_backward(
+  kept: tuple[jax.Array, jax.Array], d_BMF: jax.Array
+) -> tuple[jax.Array, None]:
+  table_VF, ids_BM = kept
+  d_BMF = constrain(d_BMF, sharded_attention.INPUTS)
+  d_VF = sharded_attention.sum_inputs(d_BMF, ids_BM, len(table_VF))
+  return d_VF.astype(table_VF.dtype), None
+
+
+input_rows.defvjp(_input_rows_forward, _input_rows_backward)
+
+
 def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
   """Which ids a table has; callers show others as NaN, not as another id."""
   return (ids_BM >= 0) & (ids_BM < num_rows)
@@ -324,7 +349,7 @@ class CrossBlock(nn.Module):
     def take(x_1VF: jax.Array) -> jax.Array:
       # A row more costs less than to go over all that is found.
       table_VF = jnp.pad(x_1VF[0], ((0, 1), (0, 0)), constant_values=jnp.nan)
-      return constrain(rows(table_VF, ids_BM), sharded_attention.INPUTS)
+      return input_rows(table_VF, ids_BM)
 
     return jax.tree.map(take, kv)
 

@@ -57,7 +57,8 @@ class Embed(nn.Module):
           f'position_{axis}', size, positions_BMP[..., axis]
         )
       elif c.position_encoding == 'sinusoidal':
-        x_BME += positions.sinusoidal(positions_BMP[..., axis], c.embed_width)
+        at_BM = positions_BMP[..., axis]
+        x_BME += positions.sinusoidal(at_BM, c.embed_width, size)
     x_BME = x_BME.astype(c.dtype)
     return layers.constrain(x_BME, (*axes, 'embed'))
 
@@ -319,7 +320,7 @@ class PerceiverAR(nn.Module):
       return None
     num = int(head_size * c.rotary_fraction / 2)
     frequencies = positions.rotary_frequencies(num, c.rotary_max_wavelength)
-    sin, cos = positions.unit_circle(angles_BT, frequencies)
+    sin, cos = positions.unit_circle(angles_BT, frequencies, 0)
     return Turn(-sin if c.position_source == 'from_end' else sin, cos)
 
   def _drop_inputs(

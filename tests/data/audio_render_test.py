@@ -1,4 +1,3 @@
-import shlex
 import sys
 
 import pytest
@@ -12,7 +11,8 @@ import pathlib, sys
 _WORKS = """
 arguments = sys.argv[1:]
 target = arguments[arguments.index('-F') + 1]
-pathlib.Path(target).write_text(' '.join(arguments[-2:]))
+midi = pathlib.Path(arguments[-1]).read_text()
+pathlib.Path(target).write_text(f'{arguments[-2]} {midi}')
 """
 
 
@@ -35,10 +35,10 @@ def synthesizer(tmp_path, monkeypatch):
 
 def test_the_synthesizer_gets_the_font_and_the_file(synthesizer, tmp_path):
   synthesizer(_WORKS)
-  wav = tmp_path / 'a b.wav'
-  assert audio_render.render_wav(tmp_path / 'a b.mid', wav) == ''
-  font, midi = tmp_path / 'piano.sf2', tmp_path / 'a b.mid'
-  assert wav.read_text() == f'{font} {midi}', shlex.quote(str(wav))
+  midi, wav = tmp_path / 'a b.mid', tmp_path / 'a b.wav'
+  midi.write_text('notes')
+  assert audio_render.render_wav(midi, wav) == ''
+  assert wav.read_text() == f'{tmp_path / "piano.sf2"} notes'
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_a_failure_is_said_and_leaves_nothing(
   synthesizer, tmp_path, body, said
 ):
   synthesizer(body)
+  (tmp_path / 'a.mid').write_text('notes')
   before = sorted(tmp_path.iterdir())
   reason = audio_render.render_wav(tmp_path / 'a.mid', tmp_path / 'a.wav')
   assert said in reason and '\n' not in reason
@@ -63,6 +64,7 @@ def test_no_synthesizer_and_no_font_are_said(
   synthesizer, tmp_path, monkeypatch
 ):
   paths = tmp_path / 'a.mid', tmp_path / 'a.wav'
+  paths[0].write_text('notes')
   assert 'fluidsynth is not installed' in audio_render.render_wav(*paths)
   synthesizer(_WORKS)
   monkeypatch.setenv('SOUNDFONT', str(tmp_path / 'gone.sf2'))

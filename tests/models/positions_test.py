@@ -21,16 +21,28 @@ def _spread_positions():
 
 def test_unit_circle_equals_float64_at_every_magnitude():
   at = _spread_positions()
-  sin, cos = positions.unit_circle(jnp.asarray(at), _FREQUENCIES)
+  sin, cos = positions.unit_circle(jnp.asarray(at), _FREQUENCIES, 0)
   angles = at[:, None].astype(np.float64) * _FREQUENCIES
   assert sin.dtype == cos.dtype == jnp.float32
   np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=1e-6)
   np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('at', [-1, -(2**24)])
-def test_a_negative_position_gives_nan(at):
-  for x in positions.unit_circle(jnp.array([3, at]), _FREQUENCIES):
+@pytest.mark.parametrize('size', [5, 363, 2**17, 2**24])
+def test_fewer_positions_need_fewer_digits(size):
+  at = np.unique(np.append(_spread_positions() % size, [0, 1, size - 1]))
+  found = positions.unit_circle(jnp.asarray(at), _FREQUENCIES, size)
+  angles = at[:, None].astype(np.float64) * _FREQUENCIES
+  for got, wanted in zip(found, (np.sin(angles), np.cos(angles)), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('at', 'size'),
+  [(-1, 0), (-(2**24), 0), (-1, 100), (-100, 100), (100, 100), (2**30, 100)],
+)
+def test_a_position_that_is_none_gives_nan(at, size):
+  for x in positions.unit_circle(jnp.array([3, at]), _FREQUENCIES, size):
     assert np.isfinite(x[0]).all() and np.isnan(x[1]).all()
 
 
@@ -42,7 +54,7 @@ def test_sinusoidal_equals_the_published_table(width):
     frequency = np.exp(-j * np.log(10000.0) / (half - 1))
     table[:, j] = np.sin(at * frequency)
     table[:, half + j] = np.cos(at * frequency)
-  got = positions.sinusoidal(jnp.asarray(at), width)
+  got = positions.sinusoidal(jnp.asarray(at), width, 600)
   np.testing.assert_allclose(got, table, rtol=0, atol=1e-6)
 
 
@@ -56,7 +68,7 @@ def test_rotary_frequencies_include_both_ends_and_fall_geometrically():
 
 
 def _rotated(x_BTHK, at, num_heads):
-  turn = Turn(*positions.unit_circle(jnp.asarray(at), _FREQUENCIES))
+  turn = Turn(*positions.unit_circle(jnp.asarray(at), _FREQUENCIES, 0))
   return rotation.rotate(x_BTHK, turn, num_heads)
 
 
@@ -100,9 +112,9 @@ def test_scores_of_rotated_vectors_depend_on_differences_only(shift):
 def test_nothing_is_rotated_without_frequencies_or_heads():
   x, at = _vectors(0), jnp.arange(6)[None]
   no_frequencies = positions.rotary_frequencies(0, 8192)
-  none = Turn(*positions.unit_circle(at, no_frequencies))
+  none = Turn(*positions.unit_circle(at, no_frequencies, 0))
   assert rotation.rotate(x, none, 3) is x
-  some = Turn(*positions.unit_circle(at, _FREQUENCIES))
+  some = Turn(*positions.unit_circle(at, _FREQUENCIES, 0))
   assert rotation.rotate(x, some, 0) is x
   assert rotation.rotate(x, None, 3) is x
 
@@ -114,6 +126,8 @@ def test_the_type_of_the_vectors_is_kept():
 
 def test_no_table_grows_with_the_positions():
   at = jax.ShapeDtypeStruct((2**16,), jnp.int32)
-  jaxpr = jax.make_jaxpr(lambda p: positions.unit_circle(p, _FREQUENCIES))(at)
+  jaxpr = jax.make_jaxpr(lambda p: positions.unit_circle(p, _FREQUENCIES, 0))(
+    at
+  )
   sizes = [np.size(c) for c in jaxpr.consts]
   assert max(sizes, default=0) <= 256 * len(_FREQUENCIES)
