@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 # JAX has no public way to its coordination service, nor to what it knows of
-# clusters.
+# clusters. And `jax.process_index` would look for devices, those of all.
 from jax._src import distributed as jax_distributed
 from jax._src import hardware_utils
 from jax._src.clusters.cluster import ClusterEnv
@@ -210,7 +210,7 @@ def describe() -> str:
 
 def me() -> str:
   """This process, such as '1 (node7)'."""
-  return name_of(jax.process_index())
+  return name_of(jax_distributed.global_state.process_id)
 
 
 def name_of(process: int) -> str:
@@ -231,8 +231,8 @@ def barrier(name: str) -> None:
     return
   _job.num_barriers += 1
   at = f'barrier/{_job.num_barriers}'
-  me = jax.process_index()
-  client.key_value_set(f'{at}/{me}', name)
+  process = jax_distributed.global_state.process_id
+  client.key_value_set(f'{at}/{process}', name)
   try:
     client.wait_at_barrier(at, int(_job.seconds * 1000))
   except jax.errors.JaxRuntimeError as error:
@@ -244,7 +244,7 @@ def barrier(name: str) -> None:
     raise HostsError(
       roll_call.missing_sentence(name, missing, names, _job.seconds)
     ) from error
-  if me == 0 and _job.num_barriers > 1:  # all have left the one before
+  if process == 0 and _job.num_barriers > 1:  # all have left the one before
     client.key_value_delete(f'barrier/{_job.num_barriers - 1}/')
 
 
@@ -260,16 +260,16 @@ def agree(facts: Mapping[str, str]) -> None:
   client = jax_distributed.global_state.client
   if client is None:
     return
-  me = jax_distributed.global_state.process_id
+  process = jax_distributed.global_state.process_id
   for name, value in facts.items():
-    client.key_value_set(f'facts/{me}/{name}', value)
+    client.key_value_set(f'facts/{process}/{name}', value)
   barrier('agreement')
   seen: list[dict[str, str]] = [{} for _ in _job.names]
   for key, value in client.key_value_dir_get('facts/'):
-    _, process, name = key.split('/', 2)
-    seen[int(process)][name] = value
+    _, number, name = key.split('/', 2)
+    seen[int(number)][name] = value
   barrier('agreement')
-  if me == 0:
+  if process == 0:
     client.key_value_delete('facts/')
   if sentence := _odd_one(seen):
     raise UserError(sentence)
@@ -312,7 +312,7 @@ def software() -> dict[str, str]:
 @contextlib.contextmanager
 def first_process_first() -> Iterator[bool]:
   """True on process 0; the others wait until it is done."""
-  is_first = jax.process_index() == 0
+  is_first = jax_distributed.global_state.process_id == 0
   if not is_first:
     barrier('files')
   yield is_first
@@ -333,12 +333,12 @@ def leave(status: int) -> None:
     return
   sys.stdout.flush()
   sys.stderr.flush()
-  me = jax_distributed.global_state.process_id
+  process = jax_distributed.global_state.process_id
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    client.key_value_set(f'left/{me}', str(status))
+    client.key_value_set(f'left/{process}', str(status))
     # With process 0 the service goes, and with that all who are still there:
     # those that make the same mistake should say so themselves.
-    end = time.monotonic() + (_GOODBYE_SECONDS if me == 0 else 0.0)
+    end = time.monotonic() + (_GOODBYE_SECONDS if process == 0 else 0.0)
     while time.monotonic() < end and not _all_have_left(client):
       time.sleep(0.05)
   os._exit(status)

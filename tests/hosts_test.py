@@ -17,7 +17,8 @@ from perceiver_ar import config as config_lib
 _TRAIN = (
   'train',
   TINY,
-  '--config.train.batch_size=12',  # 1, 2, 3 or 4 processes divide it
+  '--config.train.batch_size=12',  # 1, 2, 3 or 4 processes divide this
+  '--config.model.width=48',  # and this
   '--config.train.num_steps=60',
   '--config.checkpoint.save_every=20',
   '--config.evaluate.every=60',
@@ -170,7 +171,8 @@ def test_evaluation_and_samples_are_the_same_on_many_hosts(
       words = [*words, f'--output={output}']
       job = start_job(command, f'--workdir={alone}', *words, processes=num)
       said = assert_all_end(job, 0)
-      assert all(other == '' for other in said[1:])
+      for other in said[1:]:
+        assert [x for x in other.splitlines() if '[Gloo]' not in x] == []
       found[command, num] = json.loads(output.read_text())
     found['texts', num] = [
       path.read_bytes() for path in sorted((alone / 'samples').glob('sample-*'))
