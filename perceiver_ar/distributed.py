@@ -192,16 +192,12 @@ def join(place: Place, seconds: float) -> None:
 
 
 def describe() -> str:
-  """The job, for the log; '' for a process that joined none."""
+  """The job, for the log; '' for a process that did not ask for its place."""
   place = _job.place
   if place is None:
     return ''
   if place.num_processes == 1:
-    return (
-      f'started {place.kind}'
-      if place.kind == 'alone'
-      else (f'{place.kind}: 1 process')
-    )
+    return f'{place.kind}: 1 process'
   return (
     f'{place.kind}: {place.num_processes} processes, process 0 at '
     f'{place.address}'

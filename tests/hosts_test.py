@@ -90,6 +90,8 @@ def test_a_run_goes_on_with_fewer_hosts_after_one_is_asked_to_leave(
   tmp_path, alone
 ):
   step = leave_one(tmp_path, 2, after=3)
+  first = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[0])
+  assert len(first['data_wait']) == 2
   (said,) = assert_all_end(train(tmp_path, processes=1), 0)
   assert f'goes on from step {step} of 60' in said
   assert_same_training(tmp_path, alone)

@@ -57,10 +57,18 @@ class Embed(nn.Module):
           f'position_{axis}', size, positions_BMP[..., axis]
         )
       elif c.position_encoding == 'sinusoidal':
-        at_BM = positions_BMP[..., axis]
-        x_BME += positions.sinusoidal(at_BM, c.embed_width, size)
+        x_BME += self._sinusoidal(positions_BMP[..., axis], size)
     x_BME = x_BME.astype(c.dtype)
     return layers.constrain(x_BME, (*axes, 'embed'))
+
+  def _sinusoidal(self, at_BM: jax.Array, size: int) -> jax.Array:
+    """Of every input; from a table if there are fewer positions than inputs."""
+    width = self.config.embed_width
+    if not 0 < size < at_BM.size // sharded_attention.num_input_shards():
+      return positions.sinusoidal(at_BM, width, size)
+    table_TE = positions.sinusoidal(jnp.arange(size), width, size)
+    found_BME = layers.rows(table_TE, at_BM)
+    return jnp.where(layers.inside(at_BM, size)[..., None], found_BME, jnp.nan)
 
   def _look_up(self, name: str, rows: int, ids_BM: jax.Array) -> jax.Array:
     axes = ('vocab' if name == 'token' else 'positions', 'embed')

@@ -17,7 +17,7 @@ from tiny import (
 )
 
 from perceiver_ar import config as config_lib
-from perceiver_ar.models.perceiver_ar import PerceiverAR
+from perceiver_ar.models.perceiver_ar import Embed, PerceiverAR
 from perceiver_ar.ops.masks import Mask
 
 _M, _N = 24, 8
@@ -535,3 +535,17 @@ def test_the_parameters_do_not_depend_on_the_lengths():
   assert sizes[0] == sizes[1]
   scanned = make_params(make_model())['layers']
   assert all(x.shape[0] == 2 for x in jax.tree.leaves(scanned))
+
+
+def test_sinusoidal_positions_from_a_table_are_the_same():
+  """Where there are fewer positions than inputs."""
+  at = jnp.asarray(np.random.default_rng(0).integers(0, 30, (8, 16)))
+  at = at.at[3, 5].set(30).at[2, 0].set(-1)
+  embed = Embed(make_model(position_encoding='sinusoidal'))
+  found = [
+    np.asarray(embed.apply({}, rows_BM, 30, method=Embed._sinusoidal))
+    for rows_BM in (at, at[:1])
+  ]
+  np.testing.assert_array_equal(found[0][:1], found[1])
+  assert np.isnan(found[0][3, 5]).all() and np.isnan(found[0][2, 0]).all()
+  assert np.isnan(found[0]).any(axis=-1).sum() == 2
