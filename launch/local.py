@@ -4,9 +4,9 @@
       train --config=configs/copy_task.py:tiny --workdir=/tmp/two
 
 The processes speak over loopback, and each has devices of its own, made of the
-CPU. Their output comes with a label in front. Ctrl-C stops all of them; so does
-the first that fails, whose last lines are shown again at the end. The exit
-status is that of the first that failed, or 0.
+CPU. Their output comes with a label in front. Ctrl-C asks all of them to save
+and end, and pressed again ends them at once. The first that fails ends all, and
+its last lines are shown again. The exit status is its own, or 0.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 _LAST_LINES = 20  # of the process that failed
 _PATIENCE = 15.0  # seconds that the others have to end, once one has failed
@@ -51,10 +52,13 @@ class Job:
   """The processes, from their start to the end of the last."""
 
   def __init__(self, args: argparse.Namespace):
+    self._processes: list[subprocess.Popen[str]] = []
+    self._asked = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._pass_on)
     port = args.port or _free_port()
-    self._processes = [
-      _start(args, port, process) for process in range(args.processes)
-    ]
+    for process in range(args.processes):
+      self._processes.append(_start(args, port, process))
     self._last = [
       collections.deque[str](maxlen=_LAST_LINES) for _ in self._processes
     ]
@@ -62,8 +66,6 @@ class Job:
     self._print = threading.Lock()
 
   def run(self) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda number, _: self._signal(number))
     readers = [
       threading.Thread(target=self._read, args=(i,))
       for i in range(len(self._processes))
@@ -96,6 +98,11 @@ class Job:
         # Those that end with it may have words of their own to say.
         failed, deadline = process, time.monotonic() + _PATIENCE
     return failed
+
+  def _pass_on(self, number: int, frame: Any) -> None:
+    del frame
+    self._signal(signal.SIGKILL if self._asked else number)
+    self._asked = True
 
   def _signal(self, number: int) -> None:
     for process in self._processes:

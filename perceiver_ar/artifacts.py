@@ -231,8 +231,10 @@ def draw_along(
   sampler: Sampler, prompts: Sequence[Prompt], how: SampleConfig
 ) -> None:
   """What `write_samples` draws on process 0, on the others: nothing is kept."""
-  for prompt in prompts:
-    length = sampler.room(len(prompt.tokens_T), how.length)
+  lengths = [
+    sampler.room(len(prompt.tokens_T), how.length) for prompt in prompts
+  ]
+  for prompt, length in zip(prompts, lengths, strict=True):
     has_ended_B = np.zeros((how.num_samples,), bool)
     for new_BT in sampler.run(_start(prompt.tokens_T), length):
       has_ended_B |= (new_BT == tokens.EOS).any(axis=1)

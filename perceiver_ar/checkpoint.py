@@ -12,6 +12,7 @@ anywhere.
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeAlias
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import saved_step
+from perceiver_ar import distributed, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
 from perceiver_ar.errors import UserError
@@ -261,7 +262,10 @@ def _newest_sound(
 ) -> tuple[list[Damaged], tuple[int, PyTree] | None]:
   """The newest step that can be restored, after those that cannot."""
   damaged: list[Damaged] = []
-  for step in reversed(saved_steps(workdir)):
+  # One list: a run may be writing, and shared folders may lag behind.
+  steps = json.loads(distributed.from_first(json.dumps(saved_steps(workdir))))
+  for step in reversed(steps):
+    distributed.wait_for(lambda step=step: step in saved_steps(workdir))
     try:
       tree = saved_step.restore(step_folder(workdir, step), abstract, prefix)
     except Damaged as error:

@@ -1,9 +1,8 @@
-"""Many hosts, one run: finding one's place, agreeing, and missing nobody.
+"""Many hosts, one run: joining, agreeing, and missing nobody.
 
-Every process of a job runs the same command. `find_place` recognises where it
-was started; `join` connects the processes, after which `jax.devices()` are
-those of all. Every barrier has a time limit and names who did not come. All of
-it is nothing at all for a process that is alone.
+Every process of a job runs the same command. `join` connects the processes,
+after which `jax.devices()` are those of all. Every barrier has a time limit and
+names who did not come. All of it is nothing at all for a process that is alone.
 """
 
 import collections
@@ -16,28 +15,30 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 
-# JAX has no public way to its coordination service, nor to what it knows of
-# clusters. And `jax.process_index` would look for devices, those of all.
+# JAX has no public way to its coordination service. And `jax.process_index`
+# would look for devices, those of all.
 from jax._src import distributed as jax_distributed
-from jax._src import hardware_utils
-from jax._src.clusters.cluster import ClusterEnv
 
 from perceiver_ar import roll_call
-from perceiver_ar.errors import HostsError, UserError
+from perceiver_ar.errors import MISTAKE, HostsError, UserError
+from perceiver_ar.places import Place
 
 _HEARTBEAT_SECONDS = 60  # of silence, after which JAX ends the whole job
 _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
+_LAG_SECONDS = 60.0  # of a shared file system
+_LEAVING = 'leaving'  # what a process that failed writes at a barrier
 _PACKAGES = (
   'flax',
   'grain',
   'jax',
   'jaxlib',
+  'libtpu',
   'numpy',
   'optax',
   'orbax-checkpoint',
@@ -46,114 +47,16 @@ _PACKAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """One process of a job.
-
-  Attributes:
-    kind: where it was started, for people: 'alone', 'flags', 'SLURM', ...
-    address: host:port of process 0.
-    num_processes: of the job.
-    process_id: of this one.
-    local_device_ids: which of the machine's devices are its own; None: all.
-  """
-
-  kind: str = 'alone'
-  address: str = ''
-  num_processes: int = 1
-  process_id: int = 0
-  local_device_ids: Sequence[int] | None = None
-
-
 @dataclasses.dataclass
 class _Job:
   """The job that this process has joined."""
 
-  place: Place | None = None
   names: Sequence[str] = ()
   seconds: float = 0.0
   num_barriers: int = 0
 
 
 _job = _Job()
-
-
-def find_place(
-  address: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-  *,
-  seconds: float,
-) -> Place:
-  """Where this process is: by flags, by its surroundings, or alone.
-
-  Args:
-    address: host:port of process 0; all three flags or none.
-    num_processes: of the job.
-    process_id: of this one, from 0.
-    seconds: to wait for the name of process 0 to be known.
-  """
-  flags = (address, num_processes, process_id)
-  if any(flag is not None for flag in flags):
-    return _place_of_flags(address, num_processes, process_id)
-  num_chips = hardware_utils.num_available_tpu_chips_and_device_id()[0]
-  found = _surroundings(os.environ, num_chips)
-  if found is None:
-    return Place()
-  kind, method = found
-  try:
-    place = ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, method, int(seconds)
-    )
-  except Exception as error:  # whatever a metadata server does
-    raise HostsError(
-      f'this is {kind}, and its place in the job cannot be told ({error}); '
-      'give it by --coordinator, --num_processes and --process_id'
-    ) from error
-  address, num_processes, process_id, devices = place
-  assert address and num_processes is not None and process_id is not None
-  if num_processes == 1:
-    return Place(kind, local_device_ids=devices)
-  return Place(kind, address, num_processes, process_id, devices)
-
-
-def _place_of_flags(
-  address: str | None, num_processes: int | None, process_id: int | None
-) -> Place:
-  if address is None or num_processes is None or process_id is None:
-    raise UserError(
-      'a place in a job takes all of --coordinator=HOST:PORT, '
-      '--num_processes and --process_id; give all three, or none'
-    )
-  host, _, port = address.rpartition(':')
-  if not host or not port.isdecimal():
-    raise UserError(
-      f'--coordinator={address} must be HOST:PORT, such as 10.0.0.1:8476'
-    )
-  if not 0 <= process_id < num_processes:
-    raise UserError(
-      f'--process_id={process_id} must be from 0 to {num_processes - 1}, for '
-      f'--num_processes={num_processes}'
-    )
-  return Place('flags', address, num_processes, process_id)
-
-
-def _surroundings(
-  environ: Mapping[str, str], num_chips: int
-) -> tuple[str, str] | None:
-  """What started this process, for people, and JAX's name for it."""
-  if 'SLURM_STEP_NODELIST' in environ and 'SLURM_PROCID' in environ:
-    return 'SLURM', 'slurm'
-  # An address of a slice means TPU chips; those of a machine alone do not.
-  if not num_chips or environ.get('JAX_PLATFORMS', 'tpu') == 'cpu':
-    return None
-  slices = int(environ.get('MEGASCALE_NUM_SLICES', '1'))
-  several = f', {slices} slices' if slices > 1 else ''
-  if 'TPU_WORKER_HOSTNAMES' in environ or 'TPU_PROCESS_ADDRESSES' in environ:
-    return f'GKE{several}', 'gketpu'
-  if 'TPU_SKIP_MDS_QUERY' in environ:
-    return None
-  return f'TPU VM{several}', 'gcetpu'
 
 
 def join(place: Place, seconds: float) -> None:
@@ -166,7 +69,7 @@ def join(place: Place, seconds: float) -> None:
   Raises:
     HostsError: not all processes came; it names them.
   """
-  _job.place, _job.seconds, _job.num_barriers = place, seconds, 0
+  _job.seconds, _job.num_barriers = seconds, 0
   if place.num_processes == 1:
     _job.names = [socket.gethostname()]
     return
@@ -191,19 +94,6 @@ def join(place: Place, seconds: float) -> None:
   _job.names = names
 
 
-def describe() -> str:
-  """The job, for the log; '' for a process that did not ask for its place."""
-  place = _job.place
-  if place is None:
-    return ''
-  if place.num_processes == 1:
-    return f'{place.kind}: 1 process'
-  return (
-    f'{place.kind}: {place.num_processes} processes, process 0 at '
-    f'{place.address}'
-  )
-
-
 def me() -> str:
   """This process, such as '1 (node7)'."""
   return name_of(jax_distributed.global_state.process_id)
@@ -220,7 +110,9 @@ def barrier(name: str) -> None:
   """Waits until all processes are here.
 
   Raises:
-    HostsError: not all came within the job's limit; it names them.
+    HostsError: not all came within the job's limit, or one has failed; it
+      names them.
+    UserError: one has ended with a mistake of its own.
   """
   client = jax_distributed.global_state.client
   if client is None:
@@ -229,19 +121,69 @@ def barrier(name: str) -> None:
   at = f'barrier/{_job.num_barriers}'
   process = jax_distributed.global_state.process_id
   client.key_value_set(f'{at}/{process}', name)
+  passed = True
   try:
     client.wait_at_barrier(at, int(_job.seconds * 1000))
+  except jax.errors.JaxRuntimeError:
+    passed = False
+  try:
+    here = _entries(client, at)
+    left = {p: int(status) for p, status in _entries(client, 'left').items()}
   except jax.errors.JaxRuntimeError as error:
-    here = {key.rsplit('/', 1)[1] for key, _ in client.key_value_dir_get(at)}
-    missing = [p for p in range(len(_job.names)) if str(p) not in here]
-    if not missing:
-      raise HostsError(f'{name}: {error}') from error
-    names = {str(p): name for p, name in enumerate(_job.names)}
+    raise HostsError(
+      f'{name}: process {name_of(0)} is gone, and all others with it; see its '
+      'last lines'
+    ) from error
+  _check_left(name, left, {MISTAKE})
+  if not passed:
+    missing = [p for p in range(len(_job.names)) if p not in here]
+    names = {str(p): host for p, host in enumerate(_job.names)}
     raise HostsError(
       roll_call.missing_sentence(name, missing, names, _job.seconds)
-    ) from error
+    )
+  _check_left(name, left, set(left.values()))
+  assert set(here.values()) <= {name, _LEAVING}, f'{name}: {here}'
   if process == 0 and _job.num_barriers > 1:  # all have left the one before
     client.key_value_delete(f'barrier/{_job.num_barriers - 1}/')
+
+
+def _entries(client: Any, folder: str) -> dict[int, str]:
+  """What processes have put there."""
+  found = client.key_value_dir_get(f'{folder}/')
+  return {int(key.rsplit('/', 1)[1]): value for key, value in found}
+
+
+def _check_left(
+  name: str, left: Mapping[int, int], statuses: Collection[int]
+) -> None:
+  """Raises if a process has ended with one of these statuses."""
+  for process, status in left.items():
+    if status in statuses:
+      said = (
+        f'{name}: process {name_of(process)} ended with status {status}; see '
+        'its last lines'
+      )
+      # Started again, it would make the same mistake.
+      raise UserError(said) if status == MISTAKE else HostsError(said)
+
+
+def from_first(value: str) -> str:
+  """What process 0 gives, on all of them."""
+  client = jax_distributed.global_state.client
+  if client is None:
+    return value
+  _job.num_barriers += 1
+  key = f'first/{_job.num_barriers}'
+  if jax_distributed.global_state.process_id == 0:
+    client.key_value_set(key, value)
+    return value
+  try:
+    return client.blocking_key_value_get(key, int(_job.seconds * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    raise HostsError(
+      f'process {name_of(0)} said nothing within {_job.seconds:g} s; see its '
+      'last lines'
+    ) from error
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -264,11 +206,11 @@ def agree(facts: Mapping[str, str]) -> None:
   for key, value in client.key_value_dir_get('facts/'):
     _, number, name = key.split('/', 2)
     seen[int(number)][name] = value
+  if sentence := _odd_one(seen):
+    raise UserError(sentence)
   barrier('agreement')
   if process == 0:
     client.key_value_delete('facts/')
-  if sentence := _odd_one(seen):
-    raise UserError(sentence)
 
 
 def _odd_one(seen: Sequence[Mapping[str, str]]) -> str:
@@ -316,6 +258,16 @@ def first_process_first() -> Iterator[bool]:
     barrier('files')
 
 
+def wait_for(is_true: Callable[[], bool]) -> bool:
+  """Whether it comes true soon: shared file systems may lag behind."""
+  end = time.monotonic() + _LAG_SECONDS
+  while not is_true():
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.2)
+  return True
+
+
 def leave(status: int) -> None:
   """Ends a process of a job; if it fails, without waiting for the others.
 
@@ -332,6 +284,11 @@ def leave(status: int) -> None:
   process = jax_distributed.global_state.process_id
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client.key_value_set(f'left/{process}', str(status))
+    # Whoever waits where this process would have come next learns it there.
+    at = f'barrier/{_job.num_barriers + 1}'
+    client.key_value_set(f'{at}/{process}', _LEAVING)
+    client.wait_at_barrier(at, 1000)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
     # With process 0 the service goes, and with that all who are still there:
     # those that make the same mistake should say so themselves.
     end = time.monotonic() + (_GOODBYE_SECONDS if process == 0 else 0.0)
@@ -341,4 +298,4 @@ def leave(status: int) -> None:
 
 
 def _all_have_left(client: Any) -> bool:
-  return len(client.key_value_dir_get('left/')) == len(_job.names)
+  return len(_entries(client, 'left')) == len(_job.names)

@@ -42,32 +42,29 @@ class Exchange:
   """Sends this process's reports and reads those of all."""
 
   def __init__(self, mesh: Mesh):
-    first: dict[int, Any] = {}
-    for device in mesh.devices.flat:
-      known = first.setdefault(device.process_index, device)
-      if device.id < known.id:
-        first[device.process_index] = device
-    devices = [first[process] for process in sorted(first)]
-    self._is_alone = len(devices) == 1
-    processes = Mesh(np.array(devices), ('process',))
-    self._sharding = NamedSharding(processes, PartitionSpec('process'))
+    owners = np.array([d.process_index for d in mesh.devices.flat])
+    # Every device has a copy of its process's; one of them is read.
+    self._first_P = np.unique(owners, return_index=True)[1]
+    self._num_devices = len(owners)
+    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._gather = jax.jit(
       lambda reports: reports,
-      out_shardings=NamedSharding(processes, PartitionSpec()),
+      out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
   def send(self, report: Report) -> Any:
     """Something to `read`, by all processes in the same order."""
     row = _encode(report)[None]
-    if self._is_alone:
+    if len(self._first_P) == 1:
       return row
+    shape = (self._num_devices, row.shape[1])
     return self._gather(
-      jax.make_array_from_process_local_data(self._sharding, row)
+      jax.make_array_from_callback(shape, self._sharding, lambda _: row)
     )
 
   def read(self, sent: Any) -> list[Report]:
     """Every process's, in order; waits until all have sent theirs."""
-    return [_decode(row) for row in np.asarray(sent)]
+    return [_decode(row) for row in np.asarray(sent)[self._first_P]]
 
 
 def _encode(report: Report) -> np.ndarray:
@@ -95,7 +92,10 @@ def slowest(reports: Sequence[Sequence[Report]], seconds: float) -> str:
     seconds: that a step took.
   """
   own_P = np.mean([[r.own_seconds for r in step] for step in reports], axis=0)
-  worst, usual = int(own_P.argmax()), float(np.median(own_P))
+  if len(own_P) == 1:
+    return ''
+  worst = int(own_P.argmax())
+  usual = float(np.median(np.delete(own_P, worst)))
   if own_P[worst] < _SLOW * usual or own_P[worst] - usual < _SHARE * seconds:
     return ''
   data = np.mean([step[worst].data_seconds for step in reports])

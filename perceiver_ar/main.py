@@ -71,14 +71,16 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _join(args: argparse.Namespace) -> None:
   """Connects this process with the others of its job, if there are any."""
-  from perceiver_ar import distributed
+  from perceiver_ar import distributed, places
 
-  place = distributed.find_place(
+  place = places.find_place(
     args.coordinator,
     args.num_processes,
     args.process_id,
     seconds=args.barrier_seconds,
   )
+  if place != places.Place():
+    print(places.describe(place), file=sys.stderr, flush=True)
   distributed.join(place, args.barrier_seconds)
 
 
@@ -115,7 +117,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   )
   workdir.check_vocabulary(args.workdir, documents)
   pipeline.check_compatible(config.model, documents)
-  workdir.agree(config, documents)
+  workdir.agree(config, documents, step=str(args.step))
   mesh, step, params = _restore(args, config)
   evaluator = evaluate.Evaluator(config, documents, mesh)
   is_first = jax.process_index() == 0
@@ -146,11 +148,14 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   _join(args)
   import jax
 
-  from perceiver_ar import artifacts, distributed, sample, workdir
+  from perceiver_ar import artifacts, distributed, sample, saved_step, workdir
 
   trained = workdir.read_trained(args.workdir)
   prompts = _prompts(args, config, trained)
-  workdir.agree(config, trained)
+  said = [(x.name, x.tokens_T.tolist()) for x in prompts]
+  workdir.agree(
+    config, trained, step=str(args.step), prompts=saved_step.digest(said)
+  )
   mesh, step, params = _restore(args, config)
   sampler = sample.Sampler(
     config,
@@ -288,10 +293,17 @@ def _run_config(
 def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
   import jax
 
-  from perceiver_ar import checkpoint, distributed, partitioning, train_step
+  from perceiver_ar import (
+    checkpoint,
+    distributed,
+    partitioning,
+    train_step,
+    workdir,
+  )
 
   distributed.barrier('restore')
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  workdir.keep_compiled(args.workdir, mesh.devices.flat[0].platform)
   abstract = train_step.abstract_params(config, mesh)
   step, params = checkpoint.restore_params(args.workdir, abstract, args.step)
   return mesh, step, params

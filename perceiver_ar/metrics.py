@@ -7,9 +7,11 @@ that the file ends as if nothing had happened. JSON knows no NaN: such numbers
 are the strings NaN, Infinity and -Infinity, which `float` understands.
 """
 
+import io
 import json
 import math
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -25,20 +27,33 @@ _NONFINITE = {x: float(x) for x in ('NaN', 'Infinity', '-Infinity')}
 
 
 class Writer:
-  """Writes metrics on process 0, and nothing on the others."""
+  """Writes metrics on process 0, and nothing on the others.
+
+  A bucket (gs://...) knows no appending: there the files are written as a whole
+  by `sync`, and the last by `close`.
+  """
 
   def __init__(
     self, workdir: epath.PathLike, *, first_step: int, process_index: int
   ):
     """Drops what the steps from `first_step` on had written before."""
-    self._file = self._tensorboard = None
+    self._file = self._tensorboard = self._bucket = None
     if process_index:
       return
     path = _path(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = _drop_from(path, first_step)
-    self._file = path.open('ab')
-    self._tensorboard = _tensorboard(path.parent / 'tensorboard', first_step)
+    board = path.parent / 'tensorboard'
+    if _is_bucket(path):
+      self._bucket = path
+      self._file = io.BytesIO()
+      if path.exists():
+        self._file.write(path.read_bytes())
+      self._scratch = tempfile.TemporaryDirectory()
+      board = epath.Path(self._scratch.name)
+    else:
+      self._file = path.open('ab')
+    self._tensorboard = _tensorboard(board, first_step)
     for row in kept:
       # TensorBoard hides everything from `first_step` on, these too.
       if row['step'] == first_step:
@@ -60,11 +75,27 @@ class Writer:
     self._file.flush()
     self._write_tensorboard(step, row)
 
+  def sync(self) -> None:
+    """Before a save, whose steps must be in the file already."""
+    if self._bucket is None:
+      return
+    assert isinstance(self._file, io.BytesIO) and self._tensorboard is not None
+    self._bucket.write_bytes(self._file.getvalue())
+    self._tensorboard.flush()
+    board = self._bucket.parent / 'tensorboard'
+    board.mkdir(parents=True, exist_ok=True)
+    for events in epath.Path(self._scratch.name).iterdir():
+      (board / events.name).write_bytes(events.read_bytes())
+
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    if self._file is None:
+      return
+    assert self._tensorboard is not None
+    if self._bucket is not None:
+      self.sync()
+      self._scratch.cleanup()
+    self._file.close()
+    self._tensorboard.close()
 
   def _write_tensorboard(self, step: int, row: Mapping[str, Any]) -> None:
     prefix = row.get('split', 'train')
@@ -116,6 +147,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _path(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'metrics.jsonl'
+
+
+def _is_bucket(path: epath.Path) -> bool:
+  return '://' in str(path)
 
 
 def _plain(value: Any) -> Any:

@@ -369,7 +369,7 @@ def host_rows(mesh: Mesh, total: int) -> HostRows:
   for device, (rows,) in shards.items():
     for row in range(*rows.indices(total)):
       holders.setdefault(row, set()).add(device.process_index)
-  me = mesh.local_mesh.devices.flat[0].process_index
+  me = jax.process_index()
   rows = sorted(row for row, held in holders.items() if me in held)
   own = [min(holders[row]) == me for row in rows]
   return HostRows(np.array(rows), np.array(own))

@@ -17,6 +17,7 @@ from perceiver_ar.errors import HostsError
 
 _BACKLOG = 4096  # hosts that may call at once
 _RETRY_SECONDS = 0.2
+_WORD_SECONDS = 5.0  # that a caller has to say who it is
 
 
 def call(
@@ -36,7 +37,7 @@ def call(
   host, port = address.rsplit(':', 1)
   end = time.monotonic() + seconds
   if process_id:
-    verdict = _answer(host, int(port), process_id, end)
+    verdict = _answer(host, int(port), process_id, num_processes, end)
   else:
     bound = host if is_loopback(host) else ''
     verdict = _gather(bound, int(port), num_processes, end)
@@ -65,7 +66,7 @@ def missing_sentence(
 
 
 def is_loopback(host: str) -> bool:
-  return host in ('localhost', '::1') or host.startswith('127.')
+  return host == 'localhost' or host.startswith('127.')
 
 
 def _gather(
@@ -74,37 +75,58 @@ def _gather(
   """Process 0: waits for the others, and tells them who is there."""
   names = {'0': socket.gethostname()}
   callers: dict[str, socket.socket] = {}
-  with socket.create_server((host, port), backlog=_BACKLOG) as server:
+  try:
+    server = socket.create_server((host, port), backlog=_BACKLOG)
+  except OSError as error:
+    raise HostsError(
+      f'start: process 0 cannot listen on port {port} ({error.strerror}); '
+      'free the port, or choose another'
+    ) from error
+  with server, contextlib.ExitStack() as heard:
     while len(names) < num_processes and (left := end - time.monotonic()) > 0:
       server.settimeout(left)
       try:
-        caller, _ = server.accept()
-        caller.settimeout(max(end - time.monotonic(), 0.01))
-        told = _read(caller)
-      except (OSError, ValueError):
-        continue  # who does not speak is not there
-      process = str(told['process'])
-      names[process], callers[process] = told['host'], caller
-  for caller in callers.values():
-    with caller:
+        caller = heard.enter_context(server.accept()[0])
+        caller.settimeout(_WORD_SECONDS)
+        process, name = _introduced(_read(caller), num_processes)
+      except (OSError, ValueError, KeyError, TypeError):
+        continue  # who does not speak, or of something else, is not there
+      names[process], callers[process] = name, caller
+    for caller in callers.values():
       _write(caller, names)
   return names
 
 
+def _introduced(told: Any, num_processes: int) -> tuple[str, str]:
+  """A caller's process and host.
+
+  Raises:
+    ValueError, KeyError, TypeError: it is no process of this job.
+  """
+  if told['of'] != num_processes or not 0 < told['process'] < num_processes:
+    raise ValueError
+  return str(told['process']), str(told['host'])
+
+
 def _answer(
-  host: str, port: int, process_id: int, end: float
+  host: str, port: int, process_id: int, num_processes: int, end: float
 ) -> dict[str, str] | None:
   """The others: say who they are until process 0 hears it."""
-  me = {'process': process_id, 'host': socket.gethostname()}
-  # Its verdict comes at its own end, which may be later than ours.
+  me = {
+    'process': process_id,
+    'of': num_processes,
+    'host': socket.gethostname(),
+  }
   while (left := end - time.monotonic()) > 0:
-    try:
-      with socket.create_connection((host, port), timeout=left) as server:
-        _write(server, me)
-        server.settimeout(left + 5)
-        return _read(server)
-    except (OSError, ValueError):
-      time.sleep(_RETRY_SECONDS)
+    with (
+      contextlib.suppress(OSError, ValueError),
+      socket.create_connection((host, port), timeout=left) as server,
+    ):
+      _write(server, me)
+      # Its verdict comes at its own end: it may have begun later.
+      server.settimeout(left + _WORD_SECONDS)
+      return _read(server)
+    time.sleep(_RETRY_SECONDS)
   return None
 
 

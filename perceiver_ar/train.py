@@ -6,13 +6,12 @@ that contains it, and an evaluation before the checkpoint of the state that it
 saw.
 """
 
-import collections
 import contextlib
 import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from perceiver_ar import (
   mesh_checks,
   metrics,
   partitioning,
+  prefetch,
   sharded_attention,
   workdir,
 )
@@ -37,31 +37,10 @@ from perceiver_ar.errors import RESTART, UserError
 from perceiver_ar.evaluate import Evaluator
 from perceiver_ar.plan import plans
 from perceiver_ar.progress import Progress
+from perceiver_ar.stopping import Stop
 from perceiver_ar.train_step import TrainState
 
 _log = logging.getLogger(__name__)
-
-
-class Stop:
-  """Becomes true on Ctrl-C or SIGTERM, so that the loop can end its step."""
-
-  def __init__(self) -> None:
-    self.signal: int | None = None
-
-  @contextlib.contextmanager
-  def on_signals(self) -> Iterator[None]:
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, self._note) for number in handled]
-    try:
-      yield
-    finally:
-      for number, handler in zip(handled, before, strict=True):
-        signal.signal(number, handler)
-
-  def _note(self, number: int, frame: Any) -> None:
-    if self.signal is not None:  # asked twice: no more patience
-      raise KeyboardInterrupt
-    self.signal = number
 
 
 def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
@@ -90,82 +69,29 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   evaluator = _evaluator(config, mesh)
   abstract = train_step_lib.abstract_state(config, mesh)
   workdir.check(folder, config, documents)
-  distributed.barrier('restore')
-  with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
-    restored = checkpoints.restore_newest(abstract)
-    first_step = restored[0] if restored else 0
-    if restored:
-      saved = checkpoint.load_config(folder, first_step)
-      workdir.check_config(folder, saved, config)
-    _announce(config, mesh, abstract, documents, first_step)
-    if first_step >= config.train.num_steps:
-      distributed.barrier('exit')
-      return 0
-    with distributed.first_process_first() as is_first:
-      if is_first:
-        workdir.begin(folder, config, documents)
-    workdir.check_shared(folder)
-    state = restored[1] if restored else _first_state(config, mesh, documents)
-    loop = _Loop(config, mesh, checkpoints, evaluator)
-    with (
-      metrics.Writer(
-        folder, first_step=first_step, process_index=jax.process_index()
-      ) as writer,
-      contextlib.closing(
-        _batches(config, documents, mesh, first_step)
-      ) as batches,
-    ):
-      status = loop.run(state, batches, first_step, writer)
-  distributed.barrier('exit')
-  return status
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """A batch on the devices.
-
-  Attributes:
-    arrays: the global batch.
-    digest: of this process's own rows; the processes' add up to the batch's.
-    seconds: that the loop waited for it.
-  """
-
-  arrays: dict[str, Any]
-  digest: int
-  seconds: float
-
-
-def _batches(
-  config: Config,
-  documents: pipeline.DocumentSource,
-  mesh: Mesh,
-  first_step: int,
-) -> Generator[_Batch]:
-  """Batches, `data.device_prefetch` of them placed ahead of the one in use."""
-  total = config.train.batch_size
-  rows = partitioning.host_rows(mesh, total)
-  ahead: collections.deque[_Batch] = collections.deque()
-  loaded = pipeline.train_batches(
-    config, documents, first_step=first_step, rows_b=rows.rows_b
-  )
-  with contextlib.closing(loaded):
-    while True:
-      start = time.monotonic()
-      while len(ahead) <= config.data.device_prefetch:
-        batch = next(loaded, None)
-        if batch is None:
-          break
-        own = {name: local[rows.own_b] for name, local in batch.items()}
-        ahead.append(
-          _Batch(
-            partitioning.global_batch(batch, mesh, total),
-            pipeline.digest(own, rows.rows_b[rows.own_b]),
-            0.0,
-          )
+  workdir.check_shared(folder)
+  stop = Stop()
+  with stop.on_signals():
+    distributed.barrier('restore')
+    with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
+      restored = checkpoints.restore_newest(abstract)
+      first_step = restored[0] if restored else 0
+      if restored:
+        saved = checkpoint.load_config(folder, first_step)
+        workdir.check_config(folder, saved, config)
+      _announce(config, mesh, abstract, documents, first_step)
+      status = 0
+      if first_step < config.train.num_steps:
+        with distributed.first_process_first() as is_first:
+          if is_first:
+            workdir.begin(folder, config, documents)
+        state = (
+          restored[1] if restored else _first_state(config, mesh, documents)
         )
-      yield dataclasses.replace(
-        ahead.popleft(), seconds=time.monotonic() - start
-      )
+        loop = _Loop(config, mesh, checkpoints, evaluator, stop)
+        status = loop.run(state, documents, first_step, folder)
+    distributed.barrier('exit')
+  return status
 
 
 def _first_state(
@@ -202,12 +128,13 @@ class _Loop:
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
     evaluator: Evaluator | None,
+    stop: Stop,
   ):
     self._config = config
     self._mesh = mesh
     self._checkpoints = checkpoints
     self._evaluator = evaluator
-    self._stop = Stop()
+    self._stop = stop
     self._exchange = host_reports.Exchange(mesh)
     self._stopping = 0  # the signal that ends all processes at this step
     self._rows: list[dict[str, Any]] = []
@@ -217,24 +144,24 @@ class _Loop:
   def run(
     self,
     state: TrainState,
-    batches: Iterator[_Batch],
+    documents: pipeline.DocumentSource,
     first_step: int,
-    writer: metrics.Writer,
+    folder: epath.PathLike,
   ) -> int:
-    num_steps = self._config.train.num_steps
-    self._writer = writer
-    self._clock = self._began = time.monotonic()
-    self._blocked = 0.0  # seconds of this step that it waited for devices
+    num_steps, process = self._config.train.num_steps, jax.process_index()
     with (
+      metrics.Writer(
+        folder, first_step=first_step, process_index=process
+      ) as self._writer,
+      contextlib.closing(
+        prefetch.placed_batches(self._config, documents, self._mesh, first_step)
+      ) as batches,
       Progress(
-        'train',
-        num_steps,
-        'steps',
-        first_step,
-        visible=jax.process_index() == 0,
+        'train', num_steps, 'steps', first_step, visible=process == 0
       ) as self._progress,
-      self._stop.on_signals(),
     ):
+      self._clock = self._began = time.monotonic()
+      self._blocked = 0.0  # seconds of this step that it waited for devices
       for step in range(first_step, num_steps):
         batch = next(batches)
         if step == first_step:
@@ -257,7 +184,7 @@ class _Loop:
     step = train_step_lib.make_train_step(self._config, self._mesh)
     return step.lower(state, batch).compile()
 
-  def _report(self, batch: _Batch) -> host_reports.Report:
+  def _report(self, batch: prefetch.Placed) -> host_reports.Report:
     """Of this step, as far as it went; its work after this is the next's."""
     now = time.monotonic()
     own, self._blocked = now - self._began - self._blocked, 0.0
@@ -291,6 +218,7 @@ class _Loop:
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
       distributed.barrier('save')
+      self._writer.sync()
       self._checkpoints.save(step, state, config=config, loss=loss)
     self._clock = self._began = time.monotonic()
     return is_last
@@ -395,8 +323,6 @@ def _announce(
   """What runs where, in a few lines."""
   if jax.process_index():
     return
-  if where := distributed.describe():
-    print(where)
   num = sum(x.size for x in jax.tree.leaves(abstract.params))
   device = mesh.devices.flat[0]
   axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
@@ -409,8 +335,9 @@ def _announce(
     sharded_attention.choose(model, mesh.abstract_mesh, size).name
     for size in sizes
   )
+  alone = 'alone: ' if jax.process_count() == 1 else ''
   print(
-    f'{mesh.size} x {device.device_kind}'
+    f'{alone}{mesh.size} x {device.device_kind}'
     + (f' ({axes})' if axes else '')
     + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
   )

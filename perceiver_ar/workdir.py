@@ -7,6 +7,7 @@ it: the fingerprint, the vocabulary and the layout of positions.
 
 import dataclasses
 import json
+import uuid
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -72,30 +73,44 @@ def begin(workdir: Path, config: Config, data: DataSet) -> None:
   _write(folder / 'config.json', config.to_json())
 
 
-def agree(config: Config, data: DataSet) -> None:
+def agree(config: Config, data: DataSet, **extra: str) -> None:
   """All processes of a job have the same config, data, code and packages.
+
+  Args:
+    config: of the command.
+    data: that it reads.
+    extra: what else must be the same, by name.
 
   Raises:
     UserError: one of them has not; it is named, with what differs.
   """
   facts = distributed.software() | {'data set': data.fingerprint[:16]}
   for section, values in dataclasses.asdict(config).items():
-    if section != 'data':  # its path may differ; the data set is compared
-      facts |= {f'{section}.{k}': repr(v) for k, v in values.items()}
-  distributed.agree(facts)
+    facts |= {f'{section}.{k}': repr(v) for k, v in values.items()}
+  del facts['data.path']  # hosts may have the same data in other places
+  distributed.agree(facts | extra)
 
 
 def check_shared(workdir: Path) -> None:
-  """Raises UserError unless this process sees what process 0 has written."""
-  if not (epath.Path(workdir) / 'config.json').exists():
+  """Raises UserError unless all processes see what process 0 writes."""
+  token = distributed.from_first(str(uuid.uuid4()))
+  seen = epath.Path(workdir) / f'.shared-{token}'
+  with distributed.first_process_first() as is_first:
+    if is_first:
+      seen.parent.mkdir(parents=True, exist_ok=True)
+      seen.write_text('')
+  if not distributed.wait_for(seen.exists):
     raise UserError(
       f'process {distributed.me()} does not see the {workdir} of process 0; '
       'use a --workdir that all hosts share'
     )
+  distributed.barrier('files')
+  if jax.process_index() == 0:
+    seen.unlink()
 
 
 def keep_compiled(workdir: Path, platform: str) -> None:
-  """What one host compiles is there for the others, and for the next start.
+  """What is compiled is there for the next start, on any hosts.
 
   Not on CPU, where a program is of the machine that compiled it; nor where
   JAX_COMPILATION_CACHE_DIR names another place.

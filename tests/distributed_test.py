@@ -1,18 +1,20 @@
 """Finding one's place, the roll call, and who differs."""
 
 import concurrent.futures
+import contextlib
 import socket
+import time
 
 import pytest
 from hosts import free_port
 
-from perceiver_ar import distributed, roll_call
-from perceiver_ar.distributed import Place
+from perceiver_ar import distributed, places, roll_call
 from perceiver_ar.errors import HostsError, UserError
+from perceiver_ar.places import Place
 
 
 def find(address=None, num_processes=None, process_id=None):
-  return distributed.find_place(address, num_processes, process_id, seconds=1)
+  return places.find_place(address, num_processes, process_id, seconds=1)
 
 
 def clear(monkeypatch, **environ):
@@ -39,19 +41,23 @@ def test_flags_say_where_a_process_is():
   assert place == Place('flags', '10.0.0.1:8476', 4, 3)
 
 
+_TASK = {
+  'SLURM_JOB_ID': '4096',
+  'SLURM_STEP_NODELIST': 'node[007-009],other',
+  'SLURM_NTASKS': '4',
+  'SLURM_PROCID': '2',
+  'SLURM_LOCALID': '0',
+}
+
+
 def test_slurm_says_where_a_process_is(monkeypatch):
-  clear(
-    monkeypatch,
-    SLURM_JOB_ID='4096',
-    SLURM_STEP_NODELIST='node[007-009],other',
-    SLURM_STEP_NUM_NODES='4',
-    SLURM_NTASKS='4',
-    SLURM_PROCID='2',
-    SLURM_LOCALID='0',
-  )
+  clear(monkeypatch, SLURM_STEP_NUM_NODES='4', **_TASK)
   place = find()
   assert (place.kind, place.num_processes, place.process_id) == ('SLURM', 4, 2)
   assert place.address == 'node007:61440'
+  assert place.local_device_ids is None  # all of the node's
+  clear(monkeypatch, SLURM_STEP_NUM_NODES='2', **_TASK)
+  assert find().local_device_ids == [0]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_slurm_says_where_a_process_is(monkeypatch):
   ],
 )
 def test_chips_and_variables_tell_tpu_hosts_apart(environ, num_chips, kind):
-  assert distributed._surroundings(environ, num_chips) == kind
+  assert places._surroundings(environ, num_chips) == kind
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,36 @@ def test_a_first_process_that_does_not_come_is_named():
   (said,) = roll([1], 2, seconds=0.5)
   assert 'process 0 at 127.0.0.1:' in said
   assert 'did not answer process 1 within 0.5 s' in said
+
+
+def test_the_roll_call_hears_no_strangers():
+  """Nor waits for one who does not speak."""
+  port = free_port()
+  address = f'127.0.0.1:{port}'
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(roll_call.call, address, 0, 2, 30)
+    for word in (b'', b'[]\n', b'{"process": 7, "of": 2, "host": "x"}\n'):
+      hang_up_after(port, word)
+    second = pool.submit(roll_call.call, address, 1, 2, 30)
+    assert first.result() == second.result() == [socket.gethostname()] * 2
+
+
+def hang_up_after(port, word):
+  while True:
+    with (
+      contextlib.suppress(ConnectionRefusedError),
+      socket.create_connection(('127.0.0.1', port)) as stranger,
+    ):
+      stranger.sendall(word)
+      return
+    time.sleep(0.05)
+
+
+def test_a_port_in_use_is_named():
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(HostsError, match=f'cannot listen on port {port}'):
+      roll_call.call(f'127.0.0.1:{port}', 0, 2, 1)
 
 
 def test_the_odd_process_is_named_with_what_differs(monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from perceiver_ar import host_reports
+from perceiver_ar import distributed, host_reports
 from perceiver_ar.host_reports import Report
 
 
@@ -21,10 +21,13 @@ def test_a_report_arrives_as_it_was_sent(digest):
   assert exchange.read(exchange.send(sent)) == [sent]
 
 
-def test_the_slow_host_is_named_with_its_share():
+def test_the_slow_host_is_named_with_its_share(monkeypatch):
+  monkeypatch.setattr(distributed._job, 'names', ['a', 'b', 'c'])
   steps = [[report(), report(own=0.5, data=0.3), report()]] * 3
   said = host_reports.slowest(steps, seconds=1.0)
-  assert said.startswith('process 1 is slow: of 1 s a step its host takes 0.5')
+  assert said.startswith(
+    'process 1 (b) is slow: of 1 s a step its host takes 0.5'
+  )
   assert '0.3 of them for data' in said
 
 

@@ -109,6 +109,21 @@ def test_any_number_of_hosts_goes_on_with_a_run(tmp_path, alone):
   assert checkpoint.saved_steps(tmp_path)[-1] == 60
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    {'data': 4},
+    {'data': 1, 'context': 4},  # all processes load the same rows
+    {'data': 2, 'model': 2, 'rules': 'fsdp_tensor'},
+  ],
+)
+def test_four_devices_of_two_processes_are_one(tmp_path, alone, mesh):
+  words = [f'--config.mesh.{axis}={size}' for axis, size in mesh.items()]
+  assert_all_end(train(tmp_path, *words, processes=2, devices=2), 0)
+  assert_same_training(tmp_path, alone)
+
+
 def test_a_process_with_another_config_is_named_by_all(tmp_path):
   job = train(
     tmp_path,
@@ -156,6 +171,20 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
   assert f'{name}: process {late} (' in said
   assert f'did not come within {_SECONDS} s' in said
   assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_the_mistake_of_one_process_ends_all_as_a_mistake(tmp_path):
+  """Its data set is not there; the others do not wait for it in vain."""
+  gone = f'--config.data.path={tmp_path / "gone"}'
+  job = train(
+    tmp_path / 'run',
+    processes=2,
+    extra=[[], ['--config.data.kind=prepared', gone]],
+  )
+  first, second = assert_all_end(job, 2)
+  assert 'there is no folder' in second
+  assert 'process 1 (' in first and 'ended with status 2' in first
 
 
 @pytest.mark.slow

@@ -14,17 +14,18 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips '
-  'roll_call',
+  'roll_call places',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
-  'flops checksums workdir host_reports',
+  'flops checksums workdir host_reports stopping',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
-  'train plan report',
+  'prefetch train plan report',
   'main',
 ]
 _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 # Within a row.
 _ALSO = {
   ('config_files', 'config'),
+  ('distributed', 'places'),
   ('distributed', 'roll_call'),
   ('config', 'config_checks'),
   ('config_checks', 'config'),  # its types
@@ -33,6 +34,7 @@ _ALSO = {
   ('sharded_attention', 'partitioning'),
   ('mesh_checks', 'partitioning'),
   ('train', 'plan'),
+  ('train', 'prefetch'),
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are

@@ -9,7 +9,7 @@ from tiny import make_batch, make_config
 
 from perceiver_ar import partitioning, train_step
 from perceiver_ar.errors import UserError
-from perceiver_ar.models import layers
+from perceiver_ar.models import tables
 
 _PLAIN = {'model.token_table': 'never'}
 _MESH = {'data': 2, 'context': 2, 'model': 2}
@@ -48,7 +48,7 @@ def test_a_table_computes_keys_and_values_once_per_token():
 def test_gradients_of_a_frequent_token_are_summed_in_float32():
   ids = jnp.full((4, 1000), 1, jnp.int32)
   table = jnp.zeros((3, 2), jnp.bfloat16)
-  found = jax.grad(lambda x: layers.rows(x, ids).astype(jnp.float32).sum())(
+  found = jax.grad(lambda x: tables.rows(x, ids).astype(jnp.float32).sum())(
     table
   )
   np.testing.assert_allclose(found[1].astype(jnp.float32), 4000, rtol=0.01)

@@ -206,3 +206,19 @@ assert 'clu.metric_writers' in sys.modules
     [sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True
   )
   assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_a_bucket_gets_whole_files_before_every_save(tmp_path, monkeypatch):
+  """Nothing can be appended there."""
+  monkeypatch.setattr(metrics, '_is_bucket', lambda path: True)
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.Writer(tmp_path, first_step=0, process_index=0) as writer:
+    writer.write(0, {'loss': 1.0})
+    assert not path.exists()
+    writer.sync()
+    assert [row['step'] for row in metrics.read(tmp_path)[0]] == [0]
+    writer.write(1, {'loss': 2.0})
+  with metrics.Writer(tmp_path, first_step=1, process_index=0) as writer:
+    writer.write(1, {'loss': 3.0})
+  assert [row['loss'] for row in metrics.read(tmp_path)[0]] == [1.0, 3.0]
+  assert len(list((tmp_path / 'tensorboard').iterdir())) == 2

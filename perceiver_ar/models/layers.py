@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from perceiver_ar import sharded_attention
 from perceiver_ar.config import ModelConfig
+from perceiver_ar.models import tables
 from perceiver_ar.models.cache import KeyValue
 from perceiver_ar.ops import rotation
 from perceiver_ar.ops.masks import Mask
@@ -154,66 +155,6 @@ def latents(z_BND: jax.Array) -> jax.Array:
   return sharded_attention.row_major(constrain(z_BND, axes), axes)
 
 
-@jax.custom_vjp
-def rows(table_VF: jax.Array, ids_BM: jax.Array) -> jax.Array:
-  """Rows of a table, of ids that are in it (see `inside`).
-
-  Gradients are summed in float32 whatever the table is in: a token may occur
-  thousands of times, and bfloat16 cannot count to 257.
-  """
-  return table_VF.at[ids_BM].get(mode='clip', wrap_negative_indices=False)
-
-
-def _rows_forward(
-  table_VF: jax.Array, ids_BM: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return rows(table_VF, ids_BM), (table_VF, ids_BM)
-
-
-def _rows_backward(
-  kept: tuple[jax.Array, jax.Array], d_BMF: jax.Array
-) -> tuple[jax.Array, None]:
-  table_VF, ids_BM = kept
-  d_VF = jnp.zeros(table_VF.shape, jnp.float32)
-  d_VF = d_VF.at[ids_BM].add(
-    d_BMF.astype(jnp.float32), mode='drop', wrap_negative_indices=False
-  )
-  return d_VF.astype(table_VF.dtype), None
-
-
-rows.defvjp(_rows_forward, _rows_backward)
-
-
-@jax.custom_vjp
-def input_rows(table_VF: jax.Array, ids_BM: jax.Array) -> jax.Array:
-  """The same, of inputs: their gradients are summed where they lie."""
-  found_BMF = rows(table_VF, ids_BM)
-  return constrain(found_BMF, sharded_attention.INPUTS)
-
-
-def _input_rows_forward(
-  table_VF: jax.Array, ids_BM: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return input_rows(table_VF, ids_BM), (table_VF, ids_BM)
-
-
-def _input_rows_backward(
-  kept: tuple[jax.Array, jax.Array], d_BMF: jax.Array
-) -> tuple[jax.Array, None]:
-  table_VF, ids_BM = kept
-  d_BMF = constrain(d_BMF, sharded_attention.INPUTS)
-  d_VF = sharded_attention.sum_inputs(d_BMF, ids_BM, len(table_VF))
-  return d_VF.astype(table_VF.dtype), None
-
-
-input_rows.defvjp(_input_rows_forward, _input_rows_backward)
-
-
-def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
-  """Which ids a table has; callers show others as NaN, not as another id."""
-  return (ids_BM >= 0) & (ids_BM < num_rows)
-
-
 def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
   """What is random of a row is its own, whatever else is in its batch."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
@@ -344,12 +285,13 @@ class CrossBlock(nn.Module):
     x_1VE = self.input_norm(x_VE[None])
     kv = self.attention.keys_values(x_1VE, (None, None, 'heads'))
     V = x_VE.shape[0]
-    ids_BM = jnp.where(inside(tokens_BM, V), tokens_BM, V)
+    ids_BM = jnp.where(tables.inside(tokens_BM, V), tokens_BM, V)
 
     def take(x_1VF: jax.Array) -> jax.Array:
       # A row more costs less than to go over all that is found.
       table_VF = jnp.pad(x_1VF[0], ((0, 1), (0, 0)), constant_values=jnp.nan)
-      return input_rows(table_VF, ids_BM)
+      found_BMF = tables.input_rows(table_VF, ids_BM)
+      return constrain(found_BMF, sharded_attention.INPUTS)
 
     return jax.tree.map(take, kv)
 

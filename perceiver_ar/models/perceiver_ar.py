@@ -19,7 +19,7 @@ from flax import linen as nn
 from perceiver_ar import sharded_attention
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.models import cache as cache_lib
-from perceiver_ar.models import layers, positions
+from perceiver_ar.models import layers, positions, tables
 from perceiver_ar.models.cache import Cache, KeyValue
 from perceiver_ar.ops.masks import Mask
 from perceiver_ar.ops.rotation import Turn
@@ -67,8 +67,8 @@ class Embed(nn.Module):
     if not 0 < size < at_BM.size // sharded_attention.num_input_shards():
       return positions.sinusoidal(at_BM, width, size)
     table_TE = positions.sinusoidal(jnp.arange(size), width, size)
-    found_BME = layers.rows(table_TE, at_BM)
-    return jnp.where(layers.inside(at_BM, size)[..., None], found_BME, jnp.nan)
+    found_BME = tables.rows(table_TE, at_BM)
+    return jnp.where(tables.inside(at_BM, size)[..., None], found_BME, jnp.nan)
 
   def _look_up(self, name: str, rows: int, ids_BM: jax.Array) -> jax.Array:
     axes = ('vocab' if name == 'token' else 'positions', 'embed')
@@ -79,9 +79,9 @@ class Embed(nn.Module):
       (rows, self.config.embed_width),
     )
     table = layers.gather(table, axes, 'float32')
-    found_BME = layers.rows(table, ids_BM)
+    found_BME = tables.rows(table, ids_BM)
     # A table with a row of NaN would not divide over `vocab`.
-    is_inside_BM1 = layers.inside(ids_BM, rows)[..., None]
+    is_inside_BM1 = tables.inside(ids_BM, rows)[..., None]
     return jnp.where(is_inside_BM1, found_BME, jnp.nan)
 
 

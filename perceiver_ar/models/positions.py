@@ -38,7 +38,9 @@ def unit_circle(
     rows = -(-(size or _MOST) // base**i) if is_highest else base
     angles = np.arange(rows)[:, None] * float(base**i) * frequencies_R
     digit = positions // base**i
-    if not is_highest:
+    if is_highest and size:
+      digit = jnp.where(positions < size, digit, rows)
+    elif not is_highest:
       digit %= base  # of a negative position, too, from 0 to base - 1
     s, c = (
       jnp.asarray(table, jnp.float32)

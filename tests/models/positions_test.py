@@ -39,7 +39,15 @@ def test_fewer_positions_need_fewer_digits(size):
 
 @pytest.mark.parametrize(
   ('at', 'size'),
-  [(-1, 0), (-(2**24), 0), (-1, 100), (-100, 100), (100, 100), (2**30, 100)],
+  [
+    (-1, 0),
+    (-(2**24), 0),
+    (-1, 100),
+    (-100, 100),
+    (100, 100),
+    (2**30, 100),
+    (5, 5),
+  ],
 )
 def test_a_position_that_is_none_gives_nan(at, size):
   for x in positions.unit_circle(jnp.array([3, at]), _FREQUENCIES, size):
