@@ -21,7 +21,7 @@ First prepare what you have (see tools/prepare_image.py --help), then train:
 :imagenet64_planes_1024 and 4.63: with little context a strange order hurts.
                         (From memory, but for 3.54: check before quoting.)
 :demo                   What `make demo-images` trains on 2 CPU cores: tiles of
-                        photographs, 2,300 steps, to 4.10 bits per
+                        photographs, 2,300 steps, to 4.11 bits per
                         dimension on 24 held-out ones (PNG: 3.97).
 :small                  An hour on 2 CPU cores; no result yet.
 """
