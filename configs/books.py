@@ -31,7 +31,7 @@ First prepare what you have (see tools/prepare_text.py --help), then train:
               1,998,564,608 parameters. Nobody has trained it yet.
 :long_1m      The same with 1,048,576 inputs, split over 16 chips: 512 of v5p.
 :demo         What `make demo` trains, on 2 CPU cores: 3,200 steps in 2.5
-              minutes, to 2.35 bits per byte on the 4 books that it holds out.
+              minutes, to 2.34 bits per byte on the 4 books that it holds out.
 :small        An hour on 2 CPU cores (a step takes 1.05 s); no result yet.
 """
 

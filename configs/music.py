@@ -18,7 +18,7 @@ First prepare what you have (see tools/prepare_music.py --help), then train:
 :piano       Published: 24 layers, 32,768 inputs, 1,024 latents; 1.2418 on a
              private collection of 10,000 hours. 316.8 million parameters.
 :demo        What `make demo-music` trains on 2 CPU cores, on 7 performances:
-             2,200 steps, to 3.40 nats per event on the 3 pieces
+             2,200 steps, to 3.43 nats per event on the 3 pieces
              that it holds out (a bigram has 4.06).
 :small       An hour on 2 CPU cores; no result yet.
 """
