@@ -151,7 +151,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_digests(
   wait_until(lambda: said('trained to step 60'), Alive(), _PATIENCE)
   text = log.read_text()
   assert f'SIGTERM: step {step} is saved' in text
-  assert text.count('SLURM: 2 processes') == 2
+  assert text.count('SLURM: process 0 of 2') == 2
   assert f'goes on from step {step} of 60' in text
 
   whole = tmp_path / 'whole'
