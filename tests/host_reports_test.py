@@ -31,6 +31,12 @@ def test_the_slow_host_is_named_with_its_share(monkeypatch):
   assert '0.3 of them for data' in said
 
 
+def test_of_two_hosts_the_slow_one_is_held_against_the_other():
+  said = host_reports.slowest([[report(own=0.5), report(own=0.25)]], 1.0)
+  assert said.startswith('process 0')
+  assert said.endswith('others take 0.25')
+
+
 @pytest.mark.parametrize(
   ('own', 'seconds'),
   [([0.1, 0.1, 0.1], 1.0), ([0.1, 0.14, 0.1], 1.0), ([0.01, 0.05, 0.01], 1.0)],
