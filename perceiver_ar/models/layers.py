@@ -19,7 +19,7 @@ from perceiver_ar import sharded_attention
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.models import tables
 from perceiver_ar.models.cache import KeyValue
-from perceiver_ar.ops import rotation
+from perceiver_ar.ops import norm, rotation
 from perceiver_ar.ops.masks import Mask
 from perceiver_ar.ops.rotation import Turn, Turns
 
@@ -28,6 +28,8 @@ Circle = Turn | None
 
 Axes = tuple[str | None, ...]
 """Logical names of the axes of an array."""
+
+_EPSILON = 1e-5  # of variances
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -123,11 +125,26 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
   """With scale and offset; moments in float32."""
   box = nn.with_logical_partitioning
   return nn.LayerNorm(
-    epsilon=1e-5,
+    epsilon=_EPSILON,
     dtype=config.dtype,
     scale_init=box(nn.initializers.ones, ('norm',)),
     bias_init=box(nn.initializers.zeros, ('norm',)),
   )
+
+
+class InputNorm(nn.Module):
+  """The same, for many inputs; for latents XLA sums in the matmuls around."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BME: jax.Array) -> jax.Array:
+    box, shape = nn.with_logical_partitioning, x_BME.shape[-1:]
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    scale_E = self.param('scale', box(ones, ('norm',)), shape)
+    offset_E = self.param('bias', box(zeros, ('norm',)), shape)
+    dtype = self.config.dtype
+    return norm.layer_norm(x_BME, scale_E, offset_E, _EPSILON, dtype)
 
 
 def activation(name: str) -> Any:
@@ -263,7 +280,7 @@ class CrossBlock(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.query_norm, self.input_norm = layer_norm(c), layer_norm(c)
+    self.query_norm, self.input_norm = layer_norm(c), InputNorm(c)
     self.attention = Attention(
       c, c.num_cross_heads, c.embed_width // c.num_cross_heads, c.width
     )
