@@ -20,11 +20,10 @@ from typing import Self, TypeAlias
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed, saved_step
+from perceiver_ar import distributed, paths, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
 from perceiver_ar.errors import UserError
@@ -41,7 +40,7 @@ class Checkpoints:
   """The checkpoints that a training run writes and resumes from."""
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
-    self._workdir = epath.Path(workdir).resolve()
+    self._workdir = paths.absolute(workdir)
     saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
     self._losses = {
@@ -169,12 +168,12 @@ class Checkpoints:
     folder = self._folder / str(error.step)
     target = _free_place(self._workdir, error.step)
     # Everyone has chosen `target` before the first process moves anything.
-    _synchronise(f'chosen {target.name}')
+    distributed.barrier('restore')
     if jax.process_index() == 0:
       target.parent.mkdir(parents=True, exist_ok=True)
       folder.rename(target)
     _warn('%s; it is kept in %s, and %s', error, target, instead)
-    _synchronise(f'moved {target.name}')
+    distributed.barrier('restore')
     self._losses.pop(error.step, None)
     self._manager.reload()
 
@@ -263,8 +262,8 @@ def _newest_sound(
   """The newest step that can be restored, after those that cannot."""
   damaged: list[Damaged] = []
   # One list: a run may be writing, and shared folders may lag behind.
-  steps = json.loads(distributed.from_first(json.dumps(saved_steps(workdir))))
-  for step in reversed(steps):
+  steps = distributed.exchange('restore', json.dumps(saved_steps(workdir)))[0]
+  for step in reversed(json.loads(steps)):
     distributed.wait_for(lambda step=step: step in saved_steps(workdir))
     try:
       tree = saved_step.restore(step_folder(workdir, step), abstract, prefix)
@@ -285,17 +284,11 @@ def _free_place(workdir: epath.Path, step: int) -> epath.Path:
 
 def step_folder(workdir: Path, step: int) -> epath.Path:
   steps = saved_steps(workdir)
-  # Orbax takes no relative path.
-  folder = epath.Path(workdir).resolve() / _CHECKPOINTS
+  folder = paths.absolute(workdir) / _CHECKPOINTS
   if step not in steps:
     there = ', '.join(map(str, steps)) or 'none'
     raise UserError(f'{folder} has no step {step}; it has: {there}')
   return folder / str(step)
-
-
-def _synchronise(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _warn(message: str, *values: object) -> None:

@@ -22,22 +22,25 @@ def list_steps(workdir: Path) -> list[dict[str, Any]]:
   rows = []
   for step in checkpoint.saved_steps(workdir):
     folder = checkpoint.step_folder(workdir, step)
-    time = datetime.datetime.fromtimestamp(folder.stat().mtime)
+    files = [file.stat() for file in _files(folder)]
+    # In a bucket folders have no time.
+    newest = max((file.mtime for file in files), default=0)
+    time = datetime.datetime.fromtimestamp(newest)
     rows.append(
       {
         'step': step,
         'loss': saved_step.read_loss(folder),
-        'bytes': _size(folder),
+        'bytes': sum(file.length for file in files),
         'created': time.isoformat(sep=' ', timespec='seconds'),
       }
     )
   return rows
 
 
-def _size(path: epath.Path) -> int:
+def _files(path: epath.Path) -> list[epath.Path]:
   if path.is_dir():
-    return sum(_size(child) for child in path.iterdir())
-  return path.stat().length
+    return [file for child in path.iterdir() for file in _files(child)]
+  return [path]
 
 
 def verify(workdir: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any, Self, TypeAlias, cast
 
 from etils import epath
 
+from perceiver_ar import paths
 from perceiver_ar.errors import UserError
 
 Row: TypeAlias = dict[str, Any]
@@ -44,7 +45,7 @@ class Writer:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = _drop_from(path, first_step)
     board = path.parent / 'tensorboard'
-    if _is_bucket(path):
+    if paths.is_bucket(path):
       self._bucket = path
       self._file = io.BytesIO()
       if path.exists():
@@ -147,10 +148,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _path(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'metrics.jsonl'
-
-
-def _is_bucket(path: epath.Path) -> bool:
-  return '://' in str(path)
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed
+from perceiver_ar import distributed, paths
 from perceiver_ar.config import Config
 from perceiver_ar.data import codecs, tokens
 from perceiver_ar.errors import UserError
@@ -93,7 +93,7 @@ def agree(config: Config, data: DataSet, **extra: str) -> None:
 
 def check_shared(workdir: Path) -> None:
   """Raises UserError unless all processes see what process 0 writes."""
-  token = distributed.from_first(str(uuid.uuid4()))
+  token = distributed.exchange('files', str(uuid.uuid4()))[0]
   seen = epath.Path(workdir) / f'.shared-{token}'
   with distributed.first_process_first() as is_first:
     if is_first:
@@ -118,8 +118,7 @@ def keep_compiled(workdir: Path, platform: str) -> None:
   name = 'jax_compilation_cache_dir'
   if platform == 'cpu' or getattr(jax.config, name):
     return
-  folder = epath.Path(workdir).resolve() / 'compiled'
-  jax.config.update(name, str(folder))
+  jax.config.update(name, str(paths.absolute(workdir) / 'compiled'))
 
 
 def check_fingerprint(workdir: Path, data: DataSet) -> None:

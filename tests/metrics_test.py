@@ -13,7 +13,7 @@ import pytest
 import tensorboardX
 from tensorboardX.proto import event_pb2 as untyped
 
-from perceiver_ar import metrics
+from perceiver_ar import metrics, paths
 from perceiver_ar.errors import UserError
 
 event_pb2: Any = untyped
@@ -210,7 +210,7 @@ assert 'clu.metric_writers' in sys.modules
 
 def test_a_bucket_gets_whole_files_before_every_save(tmp_path, monkeypatch):
   """Nothing can be appended there."""
-  monkeypatch.setattr(metrics, '_is_bucket', lambda path: True)
+  monkeypatch.setattr(paths, 'is_bucket', lambda path: True)
   path = tmp_path / 'metrics.jsonl'
   with metrics.Writer(tmp_path, first_step=0, process_index=0) as writer:
     writer.write(0, {'loss': 1.0})
