@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import platform
@@ -31,6 +32,7 @@ from perceiver_ar.places import Place
 
 _HEARTBEAT_SECONDS = 60  # of silence, after which JAX ends the whole job
 _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
+_EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
 _LEAVING = 'leaving'  # what a process that failed writes at a barrier
 _PACKAGES = (
@@ -128,7 +130,12 @@ def barrier(name: str) -> None:
     passed = False
   try:
     here = _entries(client, at)
-    left = {p: int(status) for p, status in _entries(client, 'left').items()}
+    # Of those who came, and have left by now, the next barrier will tell.
+    left = {
+      p: int(status)
+      for p, status in _entries(client, 'left').items()
+      if here.get(p) != name
+    }
   except jax.errors.JaxRuntimeError as error:
     raise HostsError(
       f'{name}: process {name_of(0)} is gone, and all others with it; see its '
@@ -144,7 +151,8 @@ def barrier(name: str) -> None:
   _check_left(name, left, set(left.values()))
   assert set(here.values()) <= {name, _LEAVING}, f'{name}: {here}'
   if process == 0 and _job.num_barriers > 1:  # all have left the one before
-    client.key_value_delete(f'barrier/{_job.num_barriers - 1}/')
+    for folder in ('barrier', 'exchange'):
+      client.key_value_delete(f'{folder}/{_job.num_barriers - 1}/')
 
 
 def _entries(client: Any, folder: str) -> dict[int, str]:
@@ -167,23 +175,21 @@ def _check_left(
       raise UserError(said) if status == MISTAKE else HostsError(said)
 
 
-def from_first(value: str) -> str:
-  """What process 0 gives, on all of them."""
+def exchange(name: str, value: str) -> list[str]:
+  """What all processes give, in their order; a barrier, too.
+
+  Raises:
+    HostsError, UserError: as `barrier` does.
+  """
   client = jax_distributed.global_state.client
   if client is None:
-    return value
-  _job.num_barriers += 1
-  key = f'first/{_job.num_barriers}'
-  if jax_distributed.global_state.process_id == 0:
-    client.key_value_set(key, value)
-    return value
-  try:
-    return client.blocking_key_value_get(key, int(_job.seconds * 1000))
-  except jax.errors.JaxRuntimeError as error:
-    raise HostsError(
-      f'process {name_of(0)} said nothing within {_job.seconds:g} s; see its '
-      'last lines'
-    ) from error
+    return [value]
+  folder = f'exchange/{_job.num_barriers + 1}'
+  process = jax_distributed.global_state.process_id
+  client.key_value_set(f'{folder}/{process}', value)
+  barrier(name)
+  given = _entries(client, folder)
+  return [given[p] for p in range(len(_job.names))]
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -195,22 +201,9 @@ def agree(facts: Mapping[str, str]) -> None:
   Raises:
     UserError: one process differs; on all processes, naming it and the facts.
   """
-  client = jax_distributed.global_state.client
-  if client is None:
-    return
-  process = jax_distributed.global_state.process_id
-  for name, value in facts.items():
-    client.key_value_set(f'facts/{process}/{name}', value)
-  barrier('agreement')
-  seen: list[dict[str, str]] = [{} for _ in _job.names]
-  for key, value in client.key_value_dir_get('facts/'):
-    _, number, name = key.split('/', 2)
-    seen[int(number)][name] = value
-  if sentence := _odd_one(seen):
+  given = exchange('agreement', json.dumps(dict(facts)))
+  if sentence := _odd_one([json.loads(said) for said in given]):
     raise UserError(sentence)
-  barrier('agreement')
-  if process == 0:
-    client.key_value_delete('facts/')
 
 
 def _odd_one(seen: Sequence[Mapping[str, str]]) -> str:
@@ -294,6 +287,7 @@ def leave(status: int) -> None:
     end = time.monotonic() + (_GOODBYE_SECONDS if process == 0 else 0.0)
     while time.monotonic() < end and not _all_have_left(client):
       time.sleep(0.05)
+    time.sleep(_EXIT_SECONDS if process == 0 else 0)
   os._exit(status)
 
 

@@ -11,4 +11,4 @@ class UserError(ValueError):
 
 
 class HostsError(RuntimeError):
-  """Hosts of the job are missing: started again, it may be whole."""
+  """A host is missing, or taken away: started again, the job may be whole."""

@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import config_files, flags
+from perceiver_ar import config_files, flags, stopping
 from perceiver_ar.config import Config
 from perceiver_ar.errors import MISTAKE, RESTART, HostsError, UserError
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   absl_logging.set_verbosity('warning')
-  status = _run(args, rest)
+  with stopping.restarted_on_sigterm():
+    status = _run(args, rest)
   if 'num_processes' in args:  # it may have joined others
     from perceiver_ar import distributed
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from perceiver_ar import distributed
 from perceiver_ar.checksums import PyTree, checksums, flatten, nest
 from perceiver_ar.errors import UserError
 
@@ -231,10 +231,10 @@ def _describe(dtype: Any, shape: Sequence[int]) -> str:
 
 def _agree(folder: epath.Path, reason: str) -> None:
   """Raises Damaged on every process if any of them has a reason."""
-  if jax.process_count() > 1:
-    bad_P = multihost_utils.process_allgather(np.array(bool(reason)))
-    if bad_P.any() and not reason:
-      reason = f'process {int(np.argmax(bad_P))} could not read it'
+  reasons = distributed.exchange('restore', reason)
+  for process, other in enumerate(reasons):
+    if other and not reason:
+      reason = f'process {distributed.name_of(process)} found: {other}'
   if reason:
     raise Damaged(folder, reason)
 

@@ -16,6 +16,7 @@ from perceiver_ar import distributed, main
 on_time = distributed.barrier
 def late(name):
   if name == sys.argv[1]:
+    print('late', flush=True)
     time.sleep(600)
   on_time(name)
 distributed.barrier = late
@@ -24,7 +25,11 @@ main.main(sys.argv[2:])
 
 
 def start_process(
-  words: Sequence[str], *, devices: int = 1, late_at: str = ''
+  words: Sequence[str],
+  *,
+  devices: int = 1,
+  late_at: str = '',
+  code: pathlib.Path = ROOT,
 ) -> 'subprocess.Popen[str]':
   """`perceiver-ar WORDS`, or one that hangs before a barrier."""
   start = ['-c', _LATE, late_at] if late_at else ['-m', 'perceiver_ar.main']
@@ -33,7 +38,7 @@ def start_process(
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    cwd=ROOT,
+    cwd=code,
     env=os.environ
     | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)},
   )
@@ -45,6 +50,7 @@ def start_job(
   devices: int = 1,
   late: tuple[int, str] = (-1, ''),
   extra: Sequence[Sequence[str]] = (),
+  code: Sequence[pathlib.Path] = (),
 ) -> 'list[subprocess.Popen[str]]':
   """`perceiver-ar WORDS` as so many processes.
 
@@ -54,6 +60,7 @@ def start_job(
     devices: of each.
     late: a process and the barrier that it never reaches.
     extra: words for each process alone.
+    code: the folder that each has its packages from, before all others.
   """
   place = [f'--coordinator=127.0.0.1:{free_port()}']
   place.append(f'--num_processes={processes}')
@@ -62,6 +69,7 @@ def start_job(
       [*words, *place, f'--process_id={p}', *(extra[p] if extra else ())],
       devices=devices,
       late_at=late[1] if p == late[0] else '',
+      code=code[p] if code else ROOT,
     )
     for p in range(processes)
   ]

@@ -1,6 +1,8 @@
 """Jobs of several real processes: as one, or ended with a name."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from hosts import ROOT, ends, start_job
-from runs import TINY, final_params, rows, wait_until
+from runs import TINY, final_params, rows, wait_until, write_texts
 
 from perceiver_ar import checkpoint, workdir
 from perceiver_ar import config as config_lib
@@ -21,7 +23,9 @@ _TRAIN = (
   '--config.model.width=48',  # and this
   '--config.train.num_steps=60',
   '--config.checkpoint.save_every=20',
-  '--config.evaluate.every=60',
+  '--config.checkpoint.keep_latest=1',
+  '--config.checkpoint.keep_best=1',
+  '--config.evaluate.every=20',
   '--config.evaluate.batch_size=12',
 )
 _SECONDS = 15  # that a barrier waits, and more than compiling differs
@@ -55,7 +59,20 @@ def leave_one(folder, processes, *, after):
   step = checkpoint.saved_steps(folder)[-1]
   assert f'SIGTERM: step {step} is saved; run again to go on' in said[0]
   assert after <= step < 60
+  assert_keeps_latest_and_best(folder)
   return step
+
+
+def assert_keeps_latest_and_best(folder):
+  """Whoever evaluated."""
+  losses = {
+    row['step']: row['nats_per_token']
+    for row in rows(folder)
+    if 'nats_per_token' in row
+  }
+  steps = checkpoint.saved_steps(folder)
+  best = {min(losses, key=lambda step: losses[step])} if losses else set()
+  assert steps == sorted({steps[-1]} | best)
 
 
 @pytest.fixture(scope='module')
@@ -100,28 +117,33 @@ def test_a_run_goes_on_with_fewer_hosts_after_one_is_asked_to_leave(
 
 @pytest.mark.slow
 def test_any_number_of_hosts_goes_on_with_a_run(tmp_path, alone):
-  steps = [leave_one(tmp_path, 4, after=5)]
-  steps.append(leave_one(tmp_path, 2, after=steps[-1] + 3))
-  steps.append(leave_one(tmp_path, 1, after=steps[-1] + 3))
+  steps = [leave_one(tmp_path, 4, after=21)]  # 20 is the best
+  steps.append(leave_one(tmp_path, 2, after=steps[-1] + 2))
+  steps.append(leave_one(tmp_path, 1, after=steps[-1] + 2))
   assert steps == sorted(steps)
   said = assert_all_end(train(tmp_path, processes=3), 0)
   assert f'goes on from step {steps[-1]} of 60' in said[0]
   assert_same_training(tmp_path, alone)
   assert checkpoint.saved_steps(tmp_path)[-1] == 60
+  assert_keeps_latest_and_best(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'mesh',
+  ('processes', 'mesh'),
   [
-    {'data': 4},
-    {'data': 1, 'context': 4},  # all processes load the same rows
-    {'data': 2, 'model': 2, 'rules': 'fsdp_tensor'},
+    (2, {'data': 4}),
+    (2, {'data': 1, 'context': 4}),  # all processes load the same rows
+    (2, {'data': 2, 'model': 2, 'rules': 'fsdp_tensor'}),
+    (4, {'data': 4}),
   ],
 )
-def test_four_devices_of_two_processes_are_one(tmp_path, alone, mesh):
+def test_four_devices_of_many_processes_are_one(
+  tmp_path, alone, processes, mesh
+):
   words = [f'--config.mesh.{axis}={size}' for axis, size in mesh.items()]
-  assert_all_end(train(tmp_path, *words, processes=2, devices=2), 0)
+  job = train(tmp_path, *words, processes=processes, devices=4 // processes)
+  assert_all_end(job, 0)
   assert_same_training(tmp_path, alone)
 
 
@@ -137,6 +159,42 @@ def test_a_process_with_another_config_is_named_by_all(tmp_path):
     assert 'optimizer.learning_rate is 0.5 there and 0.01 elsewhere' in said
     assert 'Traceback' not in said
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['code', 'optax', 'data set'])
+def test_a_process_with_other_software_or_data_is_named_by_all(tmp_path, what):
+  other, words = tmp_path / 'other', []
+  if what == 'data set':
+    paths = [write_texts(tmp_path / x, x) for x in ('one', 'two')]
+    words = [
+      ['--config.data.kind=prepared', f'--config.data.path={path}']
+      for path in paths
+    ]
+  shutil.copytree(ROOT / 'perceiver_ar', other / 'perceiver_ar')
+  if what == 'code':
+    (other / 'perceiver_ar/extra.py').write_text('')
+  if what == 'optax':
+    about = other / 'optax-9.8.7.dist-info/METADATA'
+    about.parent.mkdir()
+    about.write_text('Metadata-Version: 2.1\nName: optax\nVersion: 9.8.7\n')
+  run = tmp_path / 'run'
+  job = train(run, processes=2, extra=words, code=[ROOT, other])
+  for said in assert_all_end(job, 2):
+    assert 'process 1 (' in said
+    assert re.search(f'not like the others: {what} is .* elsewhere;', said)
+  assert not run.exists()
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_restarts_all(tmp_path):
+  job = train(tmp_path, processes=2, late=(1, 'agreement'))
+  assert job[1].stdout is not None
+  assert any('late' in line for line in job[1].stdout)  # until it says so
+  job[1].send_signal(signal.SIGTERM)
+  said = assert_all_end(job, 75)
+  assert 'SIGTERM: ended with nothing to save' in said[1]
+  assert 'agreement: process 1 (' in said[0]
 
 
 @pytest.mark.slow

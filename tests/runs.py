@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from states import same
 from tiny import make_config
 
 from perceiver_ar import checkpoint, partitioning, train_step
 from perceiver_ar.config import Config
+from perceiver_ar.data import layouts, text, tokens, writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = f'--config={ROOT}/configs/copy_task.py:tiny'
@@ -107,6 +109,20 @@ def assert_same_run(
   )
   assert step == last
   assert same(params, others)
+
+
+def write_texts(path: pathlib.Path, first: str) -> pathlib.Path:
+  """A prepared data set of one short text."""
+  codec = text.ByteCodec()
+  with writer.Writer(
+    path, kind='text', variant='', codec=codec, positions=layouts.INDEX
+  ) as target:
+    for split in ('train', 'validation'):
+      tokens_T = np.concatenate(
+        [[tokens.SOS], codec.encode(first + 'a text' * 20), [tokens.EOS]]
+      )
+      target.add(split, tokens_T, name='x', counts={'bytes': 121})
+  return path
 
 
 def damage(workdir: pathlib.Path, step: int, how: str) -> None:

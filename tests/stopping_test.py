@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from perceiver_ar import stopping
+from perceiver_ar.errors import HostsError
 from perceiver_ar.stopping import Stop
 
 
@@ -26,3 +28,14 @@ def test_a_second_ctrl_c_ends_at_once():
     assert stop.signal == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sigterm_ends_what_has_nothing_to_save_once():
+  before = signal.getsignal(signal.SIGTERM)
+  with stopping.restarted_on_sigterm():
+    with Stop().on_signals():
+      os.kill(os.getpid(), signal.SIGTERM)  # that one's
+    with pytest.raises(HostsError, match='SIGTERM'):
+      os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert signal.getsignal(signal.SIGTERM) == before

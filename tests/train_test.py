@@ -18,11 +18,12 @@ from runs import (
   rows,
   start,
   wait_until,
+  write_texts,
 )
 
 from perceiver_ar import checkpoint, flops, partitioning, train, workdir
 from perceiver_ar import config as config_lib
-from perceiver_ar.data import layouts, pipeline, text, tokens, writer
+from perceiver_ar.data import pipeline
 from perceiver_ar.errors import UserError
 
 __all__ = ['compiled_once']
@@ -211,19 +212,6 @@ def test_another_config_is_refused_with_the_difference(
   with pytest.raises(UserError, match=re.escape(named)):
     train.train_and_evaluate(copy_config(**changes), undisturbed)
   assert contents(undisturbed) == before
-
-
-def write_texts(path, first):
-  codec = text.ByteCodec()
-  with writer.Writer(
-    path, kind='text', variant='', codec=codec, positions=layouts.INDEX
-  ) as target:
-    for split in ('train', 'validation'):
-      tokens_T = np.concatenate(
-        [[tokens.SOS], codec.encode(first + 'a text' * 20), [tokens.EOS]]
-      )
-      target.add(split, tokens_T, name='x', counts={'bytes': 121})
-  return path
 
 
 def test_another_data_set_is_refused(tmp_path):
