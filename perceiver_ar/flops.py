@@ -1,7 +1,7 @@
 """What a step costs, from the config, and what this machine can do.
 
-The count is of multiply-adds that the model needs: masked scores included,
-recomputation, normalisation and softmax not.
+The count is of what multiply-adds of the model take, two each: masked scores
+included, recomputation, normalisation and softmax not.
 
 Letters: M inputs, N latents, D width, E embedding width, V vocabulary.
 """
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar.config import ModelConfig
+from perceiver_ar.models import tables
 
 
 def forward_flops(
@@ -22,13 +23,31 @@ def forward_flops(
   D, E, V = config.width, config.embed_width, config.vocab_size
   cross = (
     N * D * E  # queries
-    + 2 * M * E * E  # keys and values
     + 2 * N * M * E  # scores and weighted sums
     + N * E * D  # output
     + 2 * N * D * config.cross_mlp_width
   )
   layer = 4 * N * D * D + 2 * N * N * D + 2 * N * D * config.mlp_width
-  return 2 * (N * E * D + cross + config.num_layers * layer + N * D * V)
+  latents = 2 * (N * E * D + cross + config.num_layers * layer + N * D * V)
+  return latents + projection_flops(config, M)
+
+
+def projection_flops(config: ModelConfig, num_inputs: int) -> int:
+  """Of the keys and values of the cross-attend, forward."""
+  return 4 * num_inputs * config.embed_width**2
+
+
+def saved_flops(config: ModelConfig, *, num_inputs: int, num_local: int) -> int:
+  """Of these, what the token table makes needless; 0 if it is not used.
+
+  Args:
+    config: of the model.
+    num_inputs: in all rows of a batch.
+    num_local: of these, that a device sees in one pass.
+  """
+  if not tables.has_keys_and_values(config, num_local):
+    return 0
+  return projection_flops(config, max(num_inputs - config.vocab_size, 0))
 
 
 def train_flops(config: ModelConfig) -> int:

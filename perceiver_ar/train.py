@@ -295,6 +295,7 @@ class _Loop:
     speed = metrics.summarise(rows)['seconds_per_step']
     rate = flops.matmul_rate(self._config.model.dtype, 2048)
     used = flops.train_flops(self._config.model) * self._config.train.batch_size
+    used -= train_step_lib.saved_flops(self._config, self._mesh)
     share = used / speed / rate / self._mesh.size
     _say(
       f'trained to step {step}; the last steps took {speed:.3g} s each, '

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
-from perceiver_ar import losses, partitioning
+from perceiver_ar import flops, losses, partitioning
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.optimizer import make_optimizer, make_schedule
@@ -157,6 +157,16 @@ def make_train_step(
     in_shardings=(shardings, partitioning.batch_sharding(mesh)),
     out_shardings=(shardings, partitioning.replicated(mesh)),
   )
+
+
+def saved_flops(config: Config, mesh: Mesh) -> int:
+  """Of `flops.train_flops` of a batch, what the token table saves."""
+  model, train = config.model, config.train
+  axes = (*partitioning.BATCH_AXES, 'context')
+  num = train.batch_size * (model.num_kept_inputs or model.context_length)
+  parts = train.num_microbatches * partitioning.num_parts(mesh, axes)
+  saved = flops.saved_flops(model, num_inputs=num, num_local=num // parts)
+  return 3 * saved
 
 
 def train_step(

@@ -31,6 +31,7 @@ _ALSO = {
   ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section
   ('models', 'sharded_attention'),
+  ('flops', 'models'),  # when the token table is used
   ('sharded_attention', 'partitioning'),
   ('mesh_checks', 'partitioning'),
   ('train', 'plan'),

@@ -278,7 +278,8 @@ class PerceiverAR(nn.Module):
 
   def _inputs(self, tokens_BM: jax.Array, ids_BMP: jax.Array) -> KeyValue:
     """Keys and values, not yet rotated."""
-    if self._uses_table(*tokens_BM.shape):
+    num_local = tokens_BM.size // sharded_attention.num_input_shards()
+    if tables.has_keys_and_values(self.config, num_local):
       ids_1V = jnp.arange(self.config.vocab_size)[None]
       x_1VE = self.embed(
         ids_1V, jnp.zeros_like(ids_1V)[..., None], (None, None)
@@ -286,13 +287,6 @@ class PerceiverAR(nn.Module):
       return self.cross.look_up(x_1VE[0], tokens_BM)
     x_BME = self.embed(tokens_BM, ids_BMP, ('batch', 'context'))
     return self.cross.keys_values(x_BME)
-
-  def _uses_table(self, num_rows: int, num_inputs: int) -> bool:
-    c = self.config
-    if c.token_table != 'auto':
-      return c.token_table == 'always'
-    num_local = num_rows * num_inputs // sharded_attention.num_input_shards()
-    return c.position_encoding == 'rotary' and c.vocab_size < num_local
 
   def _positions(
     self, positions_BMP: jax.Array, slots_BM: jax.Array, num_slots: int

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from perceiver_ar import sharded_attention
+from perceiver_ar.config import ModelConfig
 
 
 @jax.custom_vjp
@@ -59,3 +60,11 @@ input_rows.defvjp(_rows_forward, _input_rows_backward)
 def inside(ids_BM: jax.Array, num_rows: int) -> jax.Array:
   """Which ids a table has; callers show others as NaN, not as another id."""
   return (ids_BM >= 0) & (ids_BM < num_rows)
+
+
+def has_keys_and_values(config: ModelConfig, num_inputs: int) -> bool:
+  """Whether those of tokens are looked up, for so many inputs a device."""
+  if config.token_table != 'auto':
+    return config.token_table == 'always'
+  is_rotary = config.position_encoding == 'rotary'
+  return is_rotary and config.vocab_size < num_inputs

@@ -51,8 +51,8 @@ class Plan:
     assumed_trips: of loops whose text does not say; None if all do.
     num_parameters: of the model.
     model_flops: that the model needs for one call, over all devices.
-    executed_flops: that are traced: fewer where a shortcut saves some, more
-      where something is recomputed.
+    saved_flops: that it does not, thanks to the token table.
+    executed_flops: that are traced; more where something is recomputed.
     recomputed_flops: of these, computed a second time for the backward pass.
     kernel_flops: of these, in attention kernels, masked blocks included.
     collectives: empty if it did not compile.
@@ -77,6 +77,7 @@ class Plan:
   assumed_trips: int | None
   num_parameters: int
   model_flops: int
+  saved_flops: int
   executed_flops: float
   recomputed_flops: float
   kernel_flops: float
@@ -127,6 +128,7 @@ class Plan:
       'largest': list(self.largest),
       'num_parameters': self.num_parameters,
       'model_flops': self.model_flops,
+      'saved_flops': self.saved_flops,
       'executed_flops': self.executed_flops,
       'recomputed_flops': self.recomputed_flops,
       'kernel_flops': self.kernel_flops,
@@ -178,6 +180,7 @@ def make_plan(
     hbm_bytes=hbm_bytes,
     num_parameters=num_parameters,
     model_flops=program.model_flops,
+    saved_flops=program.saved_flops,
     executed_flops=work.total,
     recomputed_flops=work.again,
     kernel_flops=work.kernel,

@@ -31,6 +31,7 @@ class Program:
     args: their shapes and shardings.
     params: of these, the parameters.
     model_flops: that the model needs in one call, over all devices.
+    saved_flops: that it does not, thanks to the token table.
     num_tokens: predicted in one call, over all devices.
   """
 
@@ -39,6 +40,7 @@ class Program:
   args: tuple[Any, ...]
   params: Any
   model_flops: int
+  saved_flops: int
   num_tokens: int
 
 
@@ -52,12 +54,14 @@ def _train(config: Config, mesh: Mesh) -> Program:
   train, M = config.train, config.model.context_length
   mesh_checks.check_train(config, mesh)
   state = train_step.abstract_state(config, mesh)
+  saved = train_step.saved_flops(config, mesh)
   return Program(
     command='train',
     function=train_step.make_train_step(config, mesh),
     args=(state, _batch(config, train.batch_size, M, mesh)),
     params=state.params,
-    model_flops=flops.train_flops(config.model) * train.batch_size,
+    model_flops=flops.train_flops(config.model) * train.batch_size - saved,
+    saved_flops=saved,
     num_tokens=train.batch_size * config.model.num_latents,
   )
 
@@ -73,12 +77,17 @@ def _evaluate(config: Config, mesh: Mesh) -> Program:
     context_length=how.context_length,
     num_latents=how.num_latents,
   )
+  axes = (*partitioning.BATCH_AXES, 'context')
+  num = how.batch_size * how.context_length
+  num_local = num // partitioning.num_parts(mesh, axes)
+  saved = flops.saved_flops(config.model, num_inputs=num, num_local=num_local)
   return Program(
     command='evaluate',
     function=evaluate.make_score(config, mesh),
     args=(params, batch),
     params=params,
-    model_flops=needed * how.batch_size,
+    model_flops=needed * how.batch_size - saved,
+    saved_flops=saved,
     num_tokens=how.batch_size * how.stride,
   )
 
@@ -105,13 +114,14 @@ def _sample(config: Config, mesh: Mesh) -> Program:
   drawn = N - R + 1
   forward = flops.forward_flops(model, context_length=M, num_latents=1)
   # Keys and values of the inputs are kept: a token projects its own only.
-  kept = 4 * (M - 1) * model.embed_width**2
+  kept = flops.projection_flops(model, M - 1)
   return Program(
     command='sample',
     function=sample.make_segment(config, mesh, ()),
     args=(params, tokens_BR, positions_BSP, cache, count, count),
     params=params,
     model_flops=(forward - kept) * B * (R + drawn - 1),
+    saved_flops=0,
     num_tokens=B * drawn,
   )
 

@@ -89,7 +89,8 @@ def test_a_plan_as_json_has_the_keys_that_scripts_rely_on(trained):
   assert seconds['total'] == pytest.approx(
     sum(v for k, v in seconds.items() if k != 'total')
   )
-  assert report['model_flops'] == 8 * flops.train_flops(_CONFIG.model)
+  whole = 8 * flops.train_flops(_CONFIG.model)
+  assert report['model_flops'] == whole - report['saved_flops'] < whole
   assert 0 < report['predicted_mfu'] < 1
 
 
@@ -257,6 +258,24 @@ def test_work_does_not_depend_on_how_a_step_is_cut():
     trace = program.function.trace(*program.args)
     found.append(counting.count(trace.jaxpr.jaxpr, 1).total)
   assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize('data', [1, 2])
+def test_work_that_the_token_table_saves_is_said_and_not_needed(data):
+  programs_by_table = {}
+  for table in ('auto', 'never'):
+    config = make_config(
+      {'model.token_table': table, 'model.width': 256, 'mesh.data': data}
+    )
+    mesh = partitioning.make_mesh(config.mesh, jax.devices()[:data])
+    programs_by_table[table] = programs.make_program('train', config, mesh)
+  auto, never = programs_by_table['auto'], programs_by_table['never']
+  assert never.saved_flops == 0 < auto.saved_flops
+  assert auto.model_flops == never.model_flops - auto.saved_flops
+  traced = [p.function.trace(*p.args).jaxpr.jaxpr for p in (never, auto)]
+  plain, table = (counting.count(x, 1).total for x in traced)
+  # And the sums of biases' gradients, which are matmuls of 8 rows.
+  assert plain - table == pytest.approx(auto.saved_flops, rel=0.02)
 
 
 def test_a_layout_that_is_refused_says_why_in_its_line(machine):
