@@ -102,8 +102,10 @@ def get_config(arg: str = '') -> ConfigDict:
   c.checkpoint = k = ConfigDict()
   k.init_from = ''  # another run's workdir: begin with its parameters
   k.save_every = 500  # steps
-  k.keep_latest = 2
+  k.save_minutes = 0.0  # besides; it goes when the next is there; 0: never
+  k.keep_latest = 2  # of those of `save_every`
   k.keep_best = 1  # by the evaluation during training
+  k.keep_every = 0  # steps, of which all are kept; 0: none
 
   c.evaluate = e = ConfigDict()
   e.every = 0  # steps; 0: only by the evaluate command

@@ -10,11 +10,12 @@ A checkpoint is the folder WORKDIR/checkpoints/STEP, and may be copied
 anywhere.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self, TypeAlias
 
 import jax
@@ -26,7 +27,7 @@ from perceiver_ar import config as config_lib
 from perceiver_ar import distributed, paths, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 from perceiver_ar.saved_step import Damaged
 
 Path: TypeAlias = epath.PathLike
@@ -61,9 +62,7 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         # A damaged step must not keep the manager from starting.
         lightweight_initialize=True,
-        preservation_policy=_LatestAndBest(
-          config.keep_latest, config.keep_best, self._losses
-        ),
+        preservation_policy=_Preservation(config, self._losses),
       ),
     )
 
@@ -74,12 +73,30 @@ class Checkpoints:
     self.close()
 
   def close(self) -> None:
-    """Waits for the save that is being written, and raises if it failed."""
-    self._manager.close()
+    """Waits for the last save; raises SaveError if it failed."""
+    with self._saving():
+      self._manager.close()
 
   def wait(self) -> None:
-    """Waits for the save that is being written, and raises if it failed."""
-    self._manager.wait_until_finished()
+    """Waits for the last save; raises SaveError if it failed."""
+    with self._saving():
+      self._manager.wait_until_finished()
+
+  def check(self) -> None:
+    """Raises SaveError if the last save has failed; waits for none."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()  # not at all
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # whatever a file system or Orbax raises
+      raise SaveError(
+        f'a checkpoint could not be written to {self._folder} '
+        f'({saved_step.one_line(error)}); make room there or mend the storage, '
+        'and run again'
+      ) from error
 
   def save(
     self, step: int, state: PyTree, *, config: Config, loss: float | None
@@ -100,24 +117,24 @@ class Checkpoints:
     manifest = saved_step.make_manifest(step, state, config_json, loss)
     if manifest['loss'] is not None:
       self._losses[step] = manifest['loss']
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(nest(flatten(state))),
-        config=ocp.args.JsonSave(config_json),
-      ),
-      custom_metadata={
-        'manifest': manifest,
-        'sha256': saved_step.digest(manifest),
-      },
-      force=True,
-    )
-    assert saved
+    with self._saving():
+      saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(nest(flatten(state))),
+          config=ocp.args.JsonSave(config_json),
+        ),
+        custom_metadata={
+          'manifest': manifest,
+          'sha256': saved_step.digest(manifest),
+        },
+        force=True,
+      )
+      assert saved
 
   def steps(self) -> list[int]:
     """In order, with the one that is being written."""
-    if not self._manager.is_saving_in_progress():
-      self.wait()  # not at all, but this raises if the last save failed
+    self.check()
     return sorted(self._manager.all_steps())
 
   def latest(self) -> int | None:
@@ -231,15 +248,14 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 @dataclasses.dataclass
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-  """Keeps the newest steps, and of those with a loss the lowest.
+class _Preservation(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest step, the newest and all of some regular ones, the best.
 
   Orbax's own BestN keeps steps without a metric forever by default, counts
   them as best while there are few, and reads the metrics of damaged steps.
   """
 
-  keep_latest: int
-  keep_best: int
+  config: CheckpointConfig
   losses: Mapping[int, float]
 
   def should_preserve(
@@ -249,10 +265,18 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     context: checkpoint_managers.PreservationContext,
   ) -> Sequence[bool]:
     del context
+    config = self.config
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    regular = [step for step in steps if step % config.save_every == 0]
+    every = config.keep_every
     scored = [step for step in steps if step in self.losses]
     scored.sort(key=lambda step: (self.losses[step], -step))
-    kept = {*steps[-self.keep_latest :], *scored[: self.keep_best]}
+    kept = {
+      steps[-1],
+      *regular[-config.keep_latest :],
+      *scored[: config.keep_best],
+      *(step for step in regular if every and step % every == 0),
+    }
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

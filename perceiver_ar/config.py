@@ -108,8 +108,10 @@ class MeshConfig:
 class CheckpointConfig:
   init_from: str
   save_every: int
+  save_minutes: float
   keep_latest: int
   keep_best: int
+  keep_every: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

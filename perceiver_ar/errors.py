@@ -10,5 +10,9 @@ class UserError(ValueError):
   """A mistake of the user's: the values at fault, and what to do instead."""
 
 
+class SaveError(RuntimeError):
+  """A checkpoint could not be written: what is computed after it is lost."""
+
+
 class HostsError(RuntimeError):
   """A host is missing, or taken away: started again, the job may be whole."""

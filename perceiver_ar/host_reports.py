@@ -27,12 +27,14 @@ class Report:
 
   Attributes:
     stop: the signal that asks it to stop, or 0.
+    save: it wants a checkpoint soon.
     digest: of its own rows of the batch, 64 bits.
     data_seconds: it waited for its data.
     own_seconds: it did anything but wait for devices; with `data_seconds`.
   """
 
   stop: int
+  save: bool
   digest: int
   data_seconds: float
   own_seconds: float
@@ -69,15 +71,21 @@ class Exchange:
 
 def _encode(report: Report) -> np.ndarray:
   seconds = np.array([report.data_seconds, report.own_seconds], np.float32)
-  words = [report.stop, report.digest >> 32, report.digest & _MASK]
+  words = [
+    report.stop,
+    report.save,
+    report.digest >> 32,
+    report.digest & _MASK,
+  ]
   return np.concatenate([np.array(words, np.uint32), seconds.view(np.uint32)])
 
 
 def _decode(row: np.ndarray) -> Report:
-  stop, high, low = (int(word) for word in row[:3])
-  data, own = (float(x) for x in row[3:].copy().view(np.float32))
+  stop, save, high, low = (int(word) for word in row[:4])
+  data, own = (float(x) for x in row[4:].copy().view(np.float32))
   return Report(
     stop=stop,
+    save=bool(save),
     digest=high << 32 | low,
     data_seconds=data,
     own_seconds=own,

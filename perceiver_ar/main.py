@@ -19,7 +19,13 @@ from etils import epath
 from perceiver_ar import config as config_lib
 from perceiver_ar import config_files, flags, stopping
 from perceiver_ar.config import Config
-from perceiver_ar.errors import MISTAKE, RESTART, HostsError, UserError
+from perceiver_ar.errors import (
+  MISTAKE,
+  RESTART,
+  HostsError,
+  SaveError,
+  UserError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,6 +70,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     return str(error), MISTAKE
   if isinstance(error, HostsError):
     return str(error), RESTART
+  if isinstance(error, SaveError):
+    return str(error), 1
   # Others than those of a path are not the user's mistakes.
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; use another path', MISTAKE

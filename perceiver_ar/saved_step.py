@@ -100,7 +100,7 @@ def _read_json(folder: epath.Path, name: str) -> Any:
   except PermissionError:
     raise
   except (OSError, ValueError, RecursionError) as error:
-    raise Damaged(folder, f'{name}: {_one_line(error)}') from error
+    raise Damaged(folder, f'{name}: {one_line(error)}') from error
 
 
 def read_loss(folder: epath.Path) -> float | None:
@@ -191,7 +191,7 @@ def _quiet_failure() -> Iterator[list[str]]:
     except Exception as error:  # whatever the readers of five formats raise
       if any(word in str(error) for word in _NOT_DAMAGE):
         raise
-      failure.append(_one_line(error))
+      failure.append(one_line(error))
     if failure:
       complaints.clear()
       asyncio_log.disabled = True
@@ -239,7 +239,7 @@ def _agree(folder: epath.Path, reason: str) -> None:
     raise Damaged(folder, reason)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
   """The innermost cause, without TensorStore's page of specification."""
   while error.__cause__ is not None:
     error = error.__cause__

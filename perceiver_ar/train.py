@@ -137,6 +137,8 @@ class _Loop:
     self._stop = stop
     self._exchange = host_reports.Exchange(mesh)
     self._stopping = 0  # the signal that ends all processes at this step
+    self._save_soon = False  # as process 0's clock says
+    self._saved = 0, time.monotonic()  # the last time, or the start
     self._rows: list[dict[str, Any]] = []
     self._reports: list[list[host_reports.Report]] = []
     self._pending: tuple[int, Any, Any] | None = None
@@ -172,6 +174,7 @@ class _Loop:
         state, sums = train_step(state, batch.arrays)
         sent = self._exchange.send(self._report(batch))
         self._record()
+        self._checkpoints.check()
         self._pending = step, sums, sent
         if self._after(step + 1, state):
           break
@@ -189,8 +192,10 @@ class _Loop:
     now = time.monotonic()
     own, self._blocked = now - self._began - self._blocked, 0.0
     self._began = now
+    minutes = self._config.checkpoint.save_minutes
     return host_reports.Report(
       stop=self._stop.signal or 0,
+      save=0 < minutes * 60 < now - self._saved[1],
       digest=batch.digest,
       data_seconds=batch.seconds,
       own_seconds=own,
@@ -200,7 +205,8 @@ class _Loop:
     """Evaluates and saves if it is time; True if the run must end here."""
     config = self._config
     is_last = step == config.train.num_steps or self._stopping != 0
-    is_save = step % config.checkpoint.save_every == 0 or is_last
+    is_regular = step % config.checkpoint.save_every == 0
+    is_save = is_regular or is_last or self._save_soon
     every = config.evaluate.every
     is_evaluation = self._evaluator is not None and (
       step % every == 0 or step == config.train.num_steps
@@ -220,6 +226,7 @@ class _Loop:
       distributed.barrier('save')
       self._writer.sync()
       self._checkpoints.save(step, state, config=config, loss=loss)
+      self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
     return is_last
 
@@ -235,6 +242,8 @@ class _Loop:
     self._blocked += now - start
     seconds = now - self._clock
     self._stopping = max(report.stop for report in reports)
+    # Unless it was wanted before the last one was made.
+    self._save_soon = reports[0].save and step >= self._saved[0]
     targets = max(values['num_targets'], 1.0)
     row = {
       'loss': values['loss'] / targets,

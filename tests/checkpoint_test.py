@@ -16,10 +16,15 @@ from states import CONFIG, ROOT, make_mesh, make_state, same, sharded
 
 from perceiver_ar import checkpoint, inspection
 from perceiver_ar import config as config_lib
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 
 KEEP = config_lib.CheckpointConfig(
-  init_from='', save_every=1, keep_latest=2, keep_best=1
+  init_from='',
+  save_every=1,
+  save_minutes=0.0,
+  keep_latest=2,
+  keep_best=1,
+  keep_every=0,
 )
 
 
@@ -94,6 +99,23 @@ def test_keeping_no_best_keeps_the_newest_alone(tmp_path):
   keep = dataclasses.replace(KEEP, keep_best=0)
   save(tmp_path, range(1, 5), dict.fromkeys(range(1, 5), 1.0), keep)
   assert checkpoint.saved_steps(tmp_path) == [3, 4]
+
+
+def test_temporary_steps_go_when_the_next_is_there_and_some_stay(tmp_path):
+  keep = dataclasses.replace(KEEP, save_every=3, keep_best=0, keep_every=6)
+  there = []
+  with checkpoint.Checkpoints(tmp_path, keep) as checkpoints:
+    for step in (2, 3, 4, 5, 6, 9, 11, 12, 15, 16):
+      checkpoints.save(step, make_state(step), config=CONFIG, loss=None)
+      there.append(checkpoints.steps())
+  assert there[:5] == [[2], [3], [3, 4], [3, 5], [3, 6]]
+  assert there[5:] == [
+    [6, 9],
+    [6, 9, 11],
+    [6, 9, 12],
+    [6, 12, 15],
+    [6, 12, 15, 16],
+  ]
 
 
 def test_saving_a_step_again_leaves_it_as_it_is(tmp_path):
@@ -254,7 +276,9 @@ class DiskFull:
     raise OSError('disk full')
 
 
-@pytest.mark.parametrize('call', ['save', 'steps', 'latest', 'best', 'close'])
+@pytest.mark.parametrize(
+  'call', ['save', 'check', 'steps', 'latest', 'best', 'close']
+)
 def test_a_failure_in_the_background_is_raised_by_the_next_call(
   tmp_path, monkeypatch, call
 ):
@@ -268,7 +292,7 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(
     patch.setattr(ocp.JsonCheckpointHandler, 'async_save', fail)
     checkpoints.save(1, state, config=CONFIG, loss=None)
   deadline = time.time() + 10
-  with pytest.raises(OSError, match='disk full'):
+  with pytest.raises(SaveError, match=r'disk full.* make room'):
     while time.time() < deadline:
       if call == 'save':
         checkpoints.save(2, state, config=CONFIG, loss=None)
@@ -281,7 +305,7 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(
 
 
 KILLED = """
-import sys, runpy, warnings
+import dataclasses, sys, runpy, warnings
 warnings.simplefilter('error')
 import jax
 jax.config.update('jax_num_cpu_devices', 1)
@@ -290,8 +314,8 @@ from perceiver_ar import checkpoint, config as config_lib
 root, workdir = sys.argv[1:]
 path = root + '/configs/default.py'
 config = config_lib.resolve(runpy.run_path(path)['get_config']())
-keep = config_lib.CheckpointConfig(
-  init_from='', save_every=1, keep_latest=1, keep_best=0
+keep = dataclasses.replace(
+  config.checkpoint, save_every=1, keep_latest=1, keep_best=0
 )
 key = jax.random.key(0)
 state = {f'x{i}': jax.random.normal(key, (1250, 1000)) for i in range(10)}

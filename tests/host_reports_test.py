@@ -10,14 +10,18 @@ from perceiver_ar.host_reports import Report
 
 
 def report(own=0.1, data=0.0, stop=0, digest=1):
-  return Report(stop=stop, digest=digest, data_seconds=data, own_seconds=own)
+  return Report(
+    stop=stop, save=False, digest=digest, data_seconds=data, own_seconds=own
+  )
 
 
 @pytest.mark.parametrize('digest', [0, 1, 2**32, 2**64 - 1])
 def test_a_report_arrives_as_it_was_sent(digest):
   mesh = Mesh(np.array(jax.devices()[:1]), ('data',))
   exchange = host_reports.Exchange(mesh)
-  sent = Report(stop=15, digest=digest, data_seconds=0.25, own_seconds=1.5)
+  sent = Report(
+    stop=15, save=True, digest=digest, data_seconds=0.25, own_seconds=1.5
+  )
   assert exchange.read(exchange.send(sent)) == [sent]
 
 

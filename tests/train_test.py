@@ -1,11 +1,13 @@
 """A run that is interrupted anywhere ends as if nothing had happened."""
 
+import itertools
 import random
 import re
 import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import (
   TINY,
@@ -24,7 +26,7 @@ from runs import (
 from perceiver_ar import checkpoint, flops, partitioning, train, workdir
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import pipeline
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 
 __all__ = ['compiled_once']
 
@@ -234,6 +236,42 @@ def test_another_data_set_is_refused(tmp_path):
   assert contents(folder) == before
   (tmp_path / 'one').rename(tmp_path / 'moved')  # the same data elsewhere
   assert train.train_and_evaluate(config('moved'), folder) == 0
+
+
+def test_a_save_that_failed_ends_the_run_before_the_next(tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', fail)
+  config = copy_config(
+    train__num_steps=400, checkpoint__save_every=100, evaluate__every=0
+  )
+  with pytest.raises(SaveError, match='No space left on device'):
+    train.train_and_evaluate(config, tmp_path)
+  assert 100 <= len(rows(tmp_path)) < 200
+  assert not checkpoint.saved_steps(tmp_path)
+
+
+def test_time_saves_besides_steps(tmp_path, monkeypatch):
+  steps, save = [], checkpoint.Checkpoints.save
+
+  def spy(self, step, *args, **kwargs):
+    steps.append(step)
+    save(self, step, *args, **kwargs)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', spy)
+  config = copy_config(
+    train__num_steps=30,
+    checkpoint__save_every=20,
+    checkpoint__save_minutes=1e-6,
+    checkpoint__keep_best=0,
+    evaluate__every=0,
+  )
+  train.train_and_evaluate(config, tmp_path)
+  # What is wanted in a step is known in the next, and done after it.
+  assert all(1 <= b - a <= 3 for a, b in itertools.pairwise(steps))
+  assert len(steps) > 8
+  assert checkpoint.saved_steps(tmp_path) == [20, 30]
 
 
 def test_the_last_steps_alone_are_kept_for_the_screen(tmp_path, monkeypatch):
