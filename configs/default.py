@@ -70,6 +70,9 @@ def get_config(arg: str = '') -> ConfigDict:
   t.z_loss = 1e-4  # times log(Z)**2, keeps logits near normalised
   t.label_smoothing = 0.0
   t.max_nonfinite_steps = 10  # skipped in a row before the run stops
+  # What a step, save or evaluation may take before the run ends to be started
+  # again, if that is 10 times what it usually takes; 0: for ever.
+  t.hang_seconds = 300.0
   t.log_every = 10  # steps that the loss on the screen is the mean of
   t.check_memory = True  # on TPU, refuse a step that does not fit a device
 

@@ -72,6 +72,7 @@ class TrainConfig:
   z_loss: float
   label_smoothing: float
   max_nonfinite_steps: int
+  hang_seconds: float
   log_every: int
   check_memory: bool
 
@@ -173,6 +174,7 @@ MAY_DIFFER = (
   'optimizer.offload',
   'sample',
   'train.check_memory',
+  'train.hang_seconds',
   'train.log_every',
   'train.max_nonfinite_steps',
   'train.num_steps',

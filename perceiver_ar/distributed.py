@@ -56,6 +56,7 @@ class _Job:
   names: Sequence[str] = ()
   seconds: float = 0.0
   num_barriers: int = 0
+  last_barrier: str = ''
 
 
 _job = _Job()
@@ -116,6 +117,7 @@ def barrier(name: str) -> None:
       names them.
     UserError: one has ended with a mistake of its own.
   """
+  _job.last_barrier = name
   client = jax_distributed.global_state.client
   if client is None:
     return
@@ -153,6 +155,11 @@ def barrier(name: str) -> None:
   if process == 0 and _job.num_barriers > 1:  # all have left the one before
     for folder in ('barrier', 'exchange'):
       client.key_value_delete(f'{folder}/{_job.num_barriers - 1}/')
+
+
+def last_barrier() -> str:
+  """The name of the one that this process came to last."""
+  return _job.last_barrier
 
 
 def _entries(client: Any, folder: str) -> dict[int, str]:

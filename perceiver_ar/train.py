@@ -39,6 +39,7 @@ from perceiver_ar.plan import plans
 from perceiver_ar.progress import Progress
 from perceiver_ar.stopping import Stop
 from perceiver_ar.train_step import TrainState
+from perceiver_ar.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -161,16 +162,20 @@ class _Loop:
       Progress(
         'train', num_steps, 'steps', first_step, visible=process == 0
       ) as self._progress,
+      Watchdog(self._config.train.hang_seconds) as self._watchdog,
     ):
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
       for step in range(first_step, num_steps):
+        kind = 'start' if step == first_step else 'step'
+        self._watchdog.begin(kind, f'step {step}')
         batch = next(batches)
         if step == first_step:
           distributed.barrier('first batch')
           train_step = self._make_step(state, batch.arrays)
           distributed.barrier('compile')
           self._began = time.monotonic()
+          self._watchdog.begin('step', f'step {step}')
         state, sums = train_step(state, batch.arrays)
         sent = self._exchange.send(self._report(batch))
         self._record()
@@ -216,6 +221,7 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
+      self._watchdog.begin('evaluation', f'the evaluation of step {step}')
       distributed.barrier('evaluation')
       report = self._evaluator.run(state.params, visible=False)
       self._writer.write(step, _scalars(report))
@@ -223,6 +229,7 @@ class _Loop:
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
+      self._watchdog.begin('save', f'the checkpoint of step {step}')
       distributed.barrier('save')
       self._writer.sync()
       self._checkpoints.save(step, state, config=config, loss=loss)

@@ -18,7 +18,7 @@ _LAYERS = [
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
-  'prefetch train plan report',
+  'prefetch train plan report watchdog',
   'main',
 ]
 _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
@@ -36,6 +36,7 @@ _ALSO = {
   ('mesh_checks', 'partitioning'),
   ('train', 'plan'),
   ('train', 'prefetch'),
+  ('train', 'watchdog'),
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are

@@ -1,0 +1,89 @@
+"""Ends a process that has stopped going on, with the stacks of its threads.
+
+On many hosts one that hangs holds up all: each of them waits in a collective
+that has no time limit of its own. What is being done must be over within a
+multiple of what it usually takes.
+"""
+
+import collections
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from typing import Self
+
+from perceiver_ar import distributed
+from perceiver_ar.errors import RESTART
+
+_PATIENCE = 10  # times the median
+_FIRST_SECONDS = 3600.0  # while nothing is known of what it takes
+_LAST_SECONDS = 10.0  # to take leave of the others
+_REMEMBERED = 100
+
+
+class Watchdog:
+  """A thread that watches the thread which calls `begin`."""
+
+  def __init__(self, seconds: float):
+    """Anything may take so many `seconds`, and longer if it usually does."""
+    self._seconds = seconds
+    self._taken: dict[str, collections.deque[float]] = {}
+    self._now = '', '', time.monotonic()
+    self._over = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self) -> Self:
+    if self._seconds:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._over.set()
+
+  def begin(self, kind: str, what: str) -> None:
+    """What was begun before is done.
+
+    Args:
+      kind: of which one takes about as long as another: step, save.
+      what: for people, such as 'step 57'.
+    """
+    before, _, since = self._now
+    now = time.monotonic()
+    if before not in self._taken:
+      self._taken[before] = collections.deque(maxlen=_REMEMBERED)
+    self._taken[before].append(now - since)
+    self._now = kind, what, now
+
+  def limit(self, kind: str) -> float:
+    """The seconds that one of this kind may take now."""
+    taken = self._taken.get(kind)
+    if not taken:
+      return max(self._seconds, _FIRST_SECONDS)
+    return max(self._seconds, _PATIENCE * statistics.median(taken))
+
+  def _watch(self) -> None:
+    while not self._over.wait(min(self._seconds / 4, 1.0)):
+      kind, what, since = self._now
+      taken = time.monotonic() - since
+      if kind and taken > self.limit(kind):
+        self._end(kind, what, taken)
+
+  def _end(self, kind: str, what: str, taken: float) -> None:
+    # Whatever hangs, the file system or the other processes with it.
+    last = threading.Timer(_LAST_SECONDS, os._exit, [RESTART])
+    last.daemon = True
+    last.start()
+    print(
+      f'perceiver-ar: process {distributed.me()} hangs in {what}: {taken:.0f} '
+      f's, and the limit is {self.limit(kind):.0f} s '
+      f'(train.hang_seconds); the last barrier was '
+      f'{distributed.last_barrier()!r}; the stacks of its threads follow, and '
+      'it ends, to be started again',
+      file=sys.stderr,
+      flush=True,
+    )
+    faulthandler.dump_traceback(2, all_threads=True)
+    distributed.leave(RESTART)
+    os._exit(RESTART)

@@ -1,0 +1,81 @@
+"""What hangs is ended, with its stacks; what is only slow is not."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hosts import ends, start_job
+from runs import TINY, wait_until
+
+from perceiver_ar import checkpoint
+from perceiver_ar.watchdog import Watchdog
+
+_HANGS = """
+import sys, time
+from perceiver_ar import main, prefetch
+placed = prefetch.placed_batches
+def hanging(*args):
+  for at, batch in enumerate(placed(*args)):
+    if at == 7:
+      time.sleep(600)
+    yield batch
+prefetch.placed_batches = hanging
+main.main(sys.argv[1:])
+"""
+
+
+def test_limits_follow_what_a_kind_takes():
+  with Watchdog(0.0) as watchdog:
+    assert watchdog.limit('save') == 3600
+    for kind, seconds in (('step', 0.0), ('save', 0.05), ('step', 0.0)):
+      watchdog.begin(kind, '')
+      time.sleep(seconds)
+    watchdog.begin('end', '')
+    assert 0.5 <= watchdog.limit('save') < 5
+    assert watchdog.limit('step') < 0.5
+    watchdog._seconds = 7.0
+    assert watchdog.limit('save') == 7
+
+
+def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
+  words = [
+    'train',
+    TINY,
+    f'--workdir={tmp_path}',
+    '--config.train.hang_seconds=2',
+  ]
+  process = subprocess.Popen(
+    [sys.executable, '-c', _HANGS, *words],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  _, said = process.communicate(timeout=120)
+  assert process.returncode == 75, said
+  assert 'hangs in step 7: ' in said
+  assert "the last barrier was 'save'" in said
+  assert 'in hanging' in said and 'most recent call first' in said
+  assert checkpoint.saved_steps(tmp_path) == [4]
+
+
+@pytest.mark.slow
+def test_a_host_that_stops_ends_the_others(tmp_path):
+  job = start_job(
+    'train',
+    TINY,
+    f'--workdir={tmp_path}',
+    '--config.train.num_steps=100000',
+    '--config.train.hang_seconds=5',
+    processes=2,
+  )
+  path = tmp_path / 'metrics.jsonl'
+  wait_until(lambda: path.exists() and path.stat().st_size > 5000, job[0])
+  job[1].send_signal(signal.SIGSTOP)
+  try:
+    said, _ = job[0].communicate(timeout=100)
+  finally:
+    job[1].kill()
+    ends(job)
+  assert job[0].returncode == 75, said
+  assert 'process 0 (' in said and 'hangs in ' in said
