@@ -7,8 +7,6 @@ that the file ends as if nothing had happened. JSON knows no NaN: such numbers
 are the strings NaN, Infinity and -Infinity, which `float` understands.
 """
 
-import io
-import json
 import math
 import sys
 import tempfile
@@ -19,10 +17,10 @@ from typing import Any, Self, TypeAlias, cast
 
 from etils import epath
 
-from perceiver_ar import paths
+from perceiver_ar import lines, paths
 from perceiver_ar.errors import UserError
 
-Row: TypeAlias = dict[str, Any]
+Row: TypeAlias = lines.Row
 
 _NONFINITE = {x: float(x) for x in ('NaN', 'Infinity', '-Infinity')}
 
@@ -38,24 +36,18 @@ class Writer:
     self, workdir: epath.PathLike, *, first_step: int, process_index: int
   ):
     """Drops what the steps from `first_step` on had written before."""
-    self._file = self._tensorboard = self._bucket = None
+    self._file = self._tensorboard = self._scratch = None
     if process_index:
       return
     path = _path(workdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = _drop_from(path, first_step)
-    board = path.parent / 'tensorboard'
+    kept = _kept(path, first_step)
+    self._file = lines.Appender(path, [line for line, _ in kept])
+    self._board = board = path.parent / 'tensorboard'
     if paths.is_bucket(path):
-      self._bucket = path
-      self._file = io.BytesIO()
-      if path.exists():
-        self._file.write(path.read_bytes())
       self._scratch = tempfile.TemporaryDirectory()
       board = epath.Path(self._scratch.name)
-    else:
-      self._file = path.open('ab')
     self._tensorboard = _tensorboard(board, first_step)
-    for row in kept:
+    for _, row in kept:
       # TensorBoard hides everything from `first_step` on, these too.
       if row['step'] == first_step:
         self._write_tensorboard(first_step, row)
@@ -71,32 +63,30 @@ class Writer:
     if self._file is None:
       return
     row = {name: _plain(value) for name, value in values.items()}
-    line = json.dumps({'step': step} | row, allow_nan=False) + '\n'
-    self._file.write(line.encode())
-    self._file.flush()
+    self._file.write({'step': step} | row)
     self._write_tensorboard(step, row)
 
   def sync(self) -> None:
     """Before a save, whose steps must be in the file already."""
-    if self._bucket is None:
-      return
-    assert isinstance(self._file, io.BytesIO) and self._tensorboard is not None
-    self._bucket.write_bytes(self._file.getvalue())
-    self._tensorboard.flush()
-    board = self._bucket.parent / 'tensorboard'
-    board.mkdir(parents=True, exist_ok=True)
-    for events in epath.Path(self._scratch.name).iterdir():
-      (board / events.name).write_bytes(events.read_bytes())
-
-  def close(self) -> None:
     if self._file is None:
       return
+    self._file.sync()
+    if self._scratch is None:
+      return
     assert self._tensorboard is not None
-    if self._bucket is not None:
-      self.sync()
-      self._scratch.cleanup()
+    self._tensorboard.flush()
+    self._board.mkdir(parents=True, exist_ok=True)
+    for events in epath.Path(self._scratch.name).iterdir():
+      (self._board / events.name).write_bytes(events.read_bytes())
+
+  def close(self) -> None:
+    if self._file is None or self._tensorboard is None:
+      return
+    self.sync()
     self._file.close()
     self._tensorboard.close()
+    if self._scratch is not None:
+      self._scratch.cleanup()
 
   def _write_tensorboard(self, step: int, row: Mapping[str, Any]) -> None:
     prefix = row.get('split', 'train')
@@ -120,7 +110,7 @@ def read(workdir: epath.PathLike) -> tuple[list[Row], list[Row]]:
     raise UserError(f'{path} does not exist; train first, or name another run')
   rows = [
     {k: _NONFINITE[v] if _is_nan(v) else v for k, v in row.items()}
-    for _, row in _read_lines(path)
+    for _, row in lines.read(path, 'step')
   ]
   return (
     [row for row in rows if 'split' not in row],
@@ -167,48 +157,16 @@ def _is_nan(value: Any) -> bool:
   return isinstance(value, str) and value in _NONFINITE
 
 
-def _read_lines(path: epath.Path) -> list[tuple[bytes, Row]]:
-  """Lines and what they say, without what a crash tore off at the end."""
-  lines = [(line, _parse(line)) for line in path.read_bytes().splitlines()]
-  while lines and lines[-1][1] is None:
-    lines.pop()
-  parsed = []
-  for number, (line, row) in enumerate(lines, 1):
-    if row is None:
-      raise UserError(
-        f'{path} line {number} is not a JSON object with a step; repair or '
-        'delete that line'
-      )
-    parsed.append((line, row))
-  return parsed
-
-
-def _parse(line: bytes) -> Row | None:
-  try:
-    row = json.loads(line)
-  except ValueError:
-    return None
-  return row if isinstance(row, dict) and 'step' in row else None
-
-
-def _drop_from(path: epath.Path, first_step: int) -> list[Row]:
-  """Rewrites the file without what will be computed again; returns the rest."""
-  if not path.exists():
-    return []
-  kept = [
+def _kept(path: epath.Path, first_step: int) -> list[tuple[bytes, Row]]:
+  """The lines, without what will be computed again."""
+  return [
     (line, row)
-    for line, row in _read_lines(path)
+    for line, row in lines.read(path, 'step')
     if row['step'] < first_step
     # The evaluation of the state that the run resumes from; a run that starts
     # from nothing will repeat that, too.
     or ('split' in row and row['step'] == first_step > 0)
   ]
-  content = b''.join(line + b'\n' for line, _ in kept)
-  if content != path.read_bytes():
-    temporary = path.parent / f'{path.name}.tmp'
-    temporary.write_bytes(content)
-    temporary.replace(path)
-  return [row for _, row in kept]
 
 
 class _TensorBoardWriter:

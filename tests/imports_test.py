@@ -14,7 +14,7 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips '
-  'roll_call places paths',
+  'roll_call places paths lines',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
@@ -27,6 +27,7 @@ _ALSO = {
   ('config_files', 'config'),
   ('distributed', 'places'),
   ('distributed', 'roll_call'),
+  ('lines', 'paths'),
   ('config', 'config_checks'),
   ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section

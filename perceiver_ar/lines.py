@@ -1,0 +1,83 @@
+"""Files of JSON lines that outlive the process which writes them.
+
+A bucket (gs://...) knows no appending: there a file is written as a whole, when
+it is asked for. What a crash tore off at the end is as if never written.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from etils import epath
+
+from perceiver_ar import paths
+from perceiver_ar.errors import UserError
+
+Row: TypeAlias = dict[str, Any]
+
+
+class Appender:
+  """Adds lines to a file."""
+
+  def __init__(self, path: epath.Path, kept: Sequence[bytes]):
+    """Begins with the lines `kept`, whatever is in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = b''.join(line + b'\n' for line in kept)
+    self._path = path
+    if paths.is_bucket(path):
+      self._file = io.BytesIO()
+      self._file.write(content)
+      return
+    if kept and content != path.read_bytes():
+      temporary = path.parent / f'{path.name}.tmp'
+      temporary.write_bytes(content)
+      temporary.replace(path)
+    self._file = path.open('ab' if kept else 'wb')
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    self._file.write(json.dumps(row, allow_nan=False).encode() + b'\n')
+    self._file.flush()
+
+  def sync(self) -> None:
+    """What is written is in the file, in a bucket too."""
+    if isinstance(self._file, io.BytesIO):
+      self._path.write_bytes(self._file.getvalue())
+
+  def close(self) -> None:
+    self.sync()
+    self._file.close()
+
+
+def read(path: epath.Path, key: str) -> list[tuple[bytes, Row]]:
+  """Lines and what they say; none where there is no file.
+
+  Args:
+    path: of the file.
+    key: that every line has.
+
+  Raises:
+    UserError: a line before the last is broken.
+  """
+  if not path.exists():
+    return []
+  lines = [(x, _parse(x, key)) for x in path.read_bytes().splitlines()]
+  while lines and lines[-1][1] is None:
+    lines.pop()
+  parsed = []
+  for number, (line, row) in enumerate(lines, 1):
+    if row is None:
+      raise UserError(
+        f'{path} line {number} is not a JSON object with {key!r}; repair or '
+        'delete that line'
+      )
+    parsed.append((line, row))
+  return parsed
+
+
+def _parse(line: bytes, key: str) -> Row | None:
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) and key in row else None
