@@ -81,7 +81,7 @@ loop() {
     case $status in
       0) say 'finished' && return 0 ;;
       2) say 'ends: a mistake, which a restart would repeat' && return 2 ;;
-      75) say 'saved' ;;
+      75) say 'saved, or nothing to save' ;;
       *)
         say "failed with exit status $status"
         failures=$((failures + 1))

@@ -15,8 +15,9 @@ import pathlib
 import platform
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -34,7 +35,7 @@ _HEARTBEAT_SECONDS = 60  # of silence, after which JAX ends the whole job
 _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
 _EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
-_LEAVING = 'leaving'  # what a process that failed writes at a barrier
+_LOOK_SECONDS = 0.5  # between looks at who has left
 _PACKAGES = (
   'flax',
   'grain',
@@ -113,9 +114,9 @@ def barrier(name: str) -> None:
   """Waits until all processes are here.
 
   Raises:
-    HostsError: not all came within the job's limit, or one has failed; it
-      names them.
-    UserError: one has ended with a mistake of its own.
+    HostsError: not all came within the job's limit, or one has left; it names
+      them.
+    UserError: one has left because of a mistake of its own.
   """
   _job.last_barrier = name
   client = jax_distributed.global_state.client
@@ -124,37 +125,57 @@ def barrier(name: str) -> None:
   _job.num_barriers += 1
   at = f'barrier/{_job.num_barriers}'
   process = jax_distributed.global_state.process_id
-  client.key_value_set(f'{at}/{process}', name)
-  passed = True
+  with _service(name):
+    client.key_value_set(f'{at}/{process}', name)
+    if not _wait(client, at, name):
+      here, left = _entries(client, at), _entries(client, 'left')
+      all_p = range(len(_job.names))
+      missing = [p for p in all_p if p not in here and p not in left]
+      if not missing:
+        _say_who_left(name, left)
+      names = {str(p): host for p, host in enumerate(_job.names)}
+      raise HostsError(
+        roll_call.missing_sentence(name, missing, names, _job.seconds)
+      )
+    if process == 0 and _job.num_barriers > 1:  # all have left the one before
+      for folder in ('barrier', 'exchange'):
+        client.key_value_delete(f'{folder}/{_job.num_barriers - 1}/')
+
+
+def _wait(client: Any, at: str, name: str) -> bool:
+  """False if not all came in time; raises if one has left, and never comes.
+
+  In a thread, so that this one sees who leaves, and signals.
+  """
+  ended: list[bool] = []
+  over = threading.Event()
+
+  def wait() -> None:
+    try:
+      client.wait_at_barrier(at, int(_job.seconds * 1000))
+      ended.append(True)
+    except jax.errors.JaxRuntimeError:
+      ended.append(False)
+    over.set()
+
+  threading.Thread(target=wait, daemon=True).start()
+  while not over.wait(_LOOK_SECONDS):
+    # One that came, and has left since, may have let this one pass.
+    if (left := _entries(client, 'left')) and not over.wait(_LOOK_SECONDS):
+      _say_who_left(name, left)
+  return ended[0]
+
+
+@contextlib.contextmanager
+def _service(name: str) -> Iterator[None]:
+  """Process 0 has it, and is gone where it does not answer."""
   try:
-    client.wait_at_barrier(at, int(_job.seconds * 1000))
-  except jax.errors.JaxRuntimeError:
-    passed = False
-  try:
-    here = _entries(client, at)
-    # Of those who came, and have left by now, the next barrier will tell.
-    left = {
-      p: int(status)
-      for p, status in _entries(client, 'left').items()
-      if here.get(p) != name
-    }
+    yield
   except jax.errors.JaxRuntimeError as error:
     raise HostsError(
       f'{name}: process {name_of(0)} is gone, and all others with it; see its '
       'last lines'
     ) from error
-  _check_left(name, left, {MISTAKE})
-  if not passed:
-    missing = [p for p in range(len(_job.names)) if p not in here]
-    names = {str(p): host for p, host in enumerate(_job.names)}
-    raise HostsError(
-      roll_call.missing_sentence(name, missing, names, _job.seconds)
-    )
-  _check_left(name, left, set(left.values()))
-  assert set(here.values()) <= {name, _LEAVING}, f'{name}: {here}'
-  if process == 0 and _job.num_barriers > 1:  # all have left the one before
-    for folder in ('barrier', 'exchange'):
-      client.key_value_delete(f'{folder}/{_job.num_barriers - 1}/')
 
 
 def last_barrier() -> str:
@@ -168,18 +189,19 @@ def _entries(client: Any, folder: str) -> dict[int, str]:
   return {int(key.rsplit('/', 1)[1]): value for key, value in found}
 
 
-def _check_left(
-  name: str, left: Mapping[int, int], statuses: Collection[int]
-) -> None:
-  """Raises if a process has ended with one of these statuses."""
-  for process, status in left.items():
-    if status in statuses:
-      said = (
-        f'{name}: process {name_of(process)} ended with status {status}; see '
-        'its last lines'
-      )
-      # Started again, it would make the same mistake.
-      raise UserError(said) if status == MISTAKE else HostsError(said)
+def _say_who_left(name: str, left: Mapping[int, str]) -> None:
+  """Raises if there is another; mistakes count most, then who was first."""
+  me = jax_distributed.global_state.process_id
+  others = [(p, *map(int, said.split())) for p, said in left.items() if p != me]
+  if not others:
+    return
+  process, status, _ = min(others, key=lambda x: (x[1] != MISTAKE, x[2]))
+  said = (
+    f'{name}: process {name_of(process)} ended with status {status}; see its '
+    'last lines'
+  )
+  # Started again, it would make the same mistake.
+  raise UserError(said) if status == MISTAKE else HostsError(said)
 
 
 def exchange(name: str, value: str) -> list[str]:
@@ -193,9 +215,11 @@ def exchange(name: str, value: str) -> list[str]:
     return [value]
   folder = f'exchange/{_job.num_barriers + 1}'
   process = jax_distributed.global_state.process_id
-  client.key_value_set(f'{folder}/{process}', value)
+  with _service(name):
+    client.key_value_set(f'{folder}/{process}', value)
   barrier(name)
-  given = _entries(client, folder)
+  with _service(name):
+    given = _entries(client, folder)
   return [given[p] for p in range(len(_job.names))]
 
 
@@ -276,18 +300,16 @@ def leave(status: int) -> None:
   client = jax_distributed.global_state.client
   if client is None:
     return
-  if status == 0:
-    jax.distributed.shutdown()
-    return
   sys.stdout.flush()
   sys.stderr.flush()
   process = jax_distributed.global_state.process_id
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    client.key_value_set(f'left/{process}', str(status))
-    # Whoever waits where this process would have come next learns it there.
-    at = f'barrier/{_job.num_barriers + 1}'
-    client.key_value_set(f'{at}/{process}', _LEAVING)
-    client.wait_at_barrier(at, 1000)
+    if status == 0 and not _entries(client, 'left'):
+      jax.distributed.shutdown()
+      return
+    if status != 0:
+      place = len(_entries(client, 'left'))
+      client.key_value_set(f'left/{process}', f'{status} {place}')
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     # With process 0 the service goes, and with that all who are still there:
     # those that make the same mistake should say so themselves.

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
+
+from etils import epath
 
 from perceiver_ar.errors import MISTAKE
 
@@ -119,7 +120,7 @@ def _add_step_and_output(sub: Any) -> None:
 
 
 def _add_output(sub: Any, about: str) -> None:
-  sub.add_argument('--output', type=Path, metavar='FILE', help=about)
+  sub.add_argument('--output', type=epath.Path, metavar='FILE', help=about)
 
 
 def _add_place(sub: Any) -> None:

@@ -37,17 +37,19 @@ def projection_flops(config: ModelConfig, num_inputs: int) -> int:
   return 4 * num_inputs * config.embed_width**2
 
 
-def saved_flops(config: ModelConfig, *, num_inputs: int, num_local: int) -> int:
+def saved_flops(config: ModelConfig, *, num_inputs: int, num_parts: int) -> int:
   """Of these, what the token table makes needless; 0 if it is not used.
 
   Args:
     config: of the model.
     num_inputs: in all rows of a batch.
-    num_local: of these, that a device sees in one pass.
+    num_parts: in which it is computed, in turn and on different devices; each
+      projects the whole vocabulary.
   """
-  if not tables.has_keys_and_values(config, num_local):
+  if not tables.has_keys_and_values(config, num_inputs // num_parts):
     return 0
-  return projection_flops(config, max(num_inputs - config.vocab_size, 0))
+  saved = num_inputs - num_parts * config.vocab_size
+  return projection_flops(config, max(saved, 0))
 
 
 def train_flops(config: ModelConfig) -> int:

@@ -106,12 +106,13 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
   Names are paths such as layers/attention/query/kernel; layers are stacked
   along the first axis. The metadata holds the step.
   """
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save
 
   step = _chosen(workdir, step)
   arrays = read_arrays(checkpoint.step_folder(workdir, step), 'params/')
-  epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  save_file(arrays, str(path), metadata={'step': str(step)})
+  target = epath.Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  target.write_bytes(save(arrays, metadata={'step': str(step)}))
   num = sum(array.size for array in arrays.values())
   return {'step': step, 'arrays': len(arrays), 'parameters': num}
 

@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import config_files, flags, stopping
+from perceiver_ar import config_files, flags, paths, stopping
 from perceiver_ar.config import Config
 from perceiver_ar.errors import (
   MISTAKE,
@@ -42,16 +42,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   absl_logging.set_verbosity('warning')
   with stopping.restarted_on_sigterm():
     status = _run(args, rest)
-  if 'num_processes' in args:  # it may have joined others
-    from perceiver_ar import distributed
+    if 'num_processes' in args:  # it may have joined others
+      from perceiver_ar import distributed
 
-    distributed.leave(status)
+      distributed.leave(status)
   sys.exit(status)
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
   """Runs a command; what goes wrong becomes a sentence and a status."""
   try:
+    for name in ('workdir', 'output'):
+      paths.check(getattr(args, name, None) or '')
     return args.run(args, rest)
   except KeyboardInterrupt:
     return 130
@@ -195,7 +197,7 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
 def _plan(args: argparse.Namespace, rest: list[str]) -> int:
   if not any(word.startswith('--config=') for word in rest):
     raise UserError('plan needs --config=FILE.py[:ARG]; see configs/')
-  if args.output and not args.output.resolve().parent.is_dir():
+  if args.output and not paths.absolute(args.output).parent.is_dir():
     raise UserError(f'--output={args.output} lies in no folder; make it first')
   config = config_files.resolve(rest, None)
   from perceiver_ar.plan import advice, page, plans

@@ -187,6 +187,11 @@ def num_parts(mesh: Mesh, axes: Sequence[str]) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
+def num_input_parts(mesh: Mesh) -> int:
+  """Over how many devices the inputs of a pass are spread."""
+  return num_parts(mesh, (*BATCH_AXES, 'context'))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
   """The devices as slice x data x context x model; -1 takes what is left.
 

@@ -1,11 +1,24 @@
 """Folders here and in buckets (gs://...), through etils.epath alike."""
 
+import importlib.util
+
 from etils import epath
+
+from perceiver_ar.errors import UserError
 
 
 def is_bucket(path: epath.PathLike) -> bool:
   """Whether files there can be written as a whole only, not appended to."""
   return '://' in str(epath.Path(path))
+
+
+def check(path: epath.PathLike) -> None:
+  """Raises UserError if this installation cannot open such a path."""
+  if is_bucket(path) and importlib.util.find_spec('gcsfs') is None:
+    raise UserError(
+      f'to open {path}, install what opens buckets: pip install '
+      '"perceiver-ar[gcs]"'
+    )
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

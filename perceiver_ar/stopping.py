@@ -1,30 +1,60 @@
-"""Signals that ask a run to end its step, save, and go."""
+"""Signals that ask a run to end its step, save, and go; or just to go."""
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
-from perceiver_ar.errors import HostsError
+from perceiver_ar.errors import RESTART
 
 
 @contextlib.contextmanager
 def restarted_on_sigterm() -> Iterator[None]:
-  """SIGTERM ends what has nothing to save, to be started again.
+  """SIGTERM ends what has nothing to save at once, to be started again.
 
-  Raises:
-    HostsError: wherever it is by then.
+  By a thread: where a signal's handler would run, the compiler, a collective or
+  a file system may be for minutes; and an exception of it could be mistaken for
+  one of theirs.
   """
 
-  def end(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # clusters ask twice out of habit
-    raise HostsError('SIGTERM: ended with nothing to save; run again')
+  def handler(number: int, frame: Any) -> None:
+    """Nothing; but without a handler no byte is written."""
 
-  before = signal.signal(signal.SIGTERM, end)
+  heard, written = os.pipe()
+  os.set_blocking(written, False)
+  before = signal.signal(signal.SIGTERM, handler)
+  fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+  def listen() -> None:
+    while number := os.read(heard, 1):
+      # Else it is `Stop`'s.
+      is_ours = signal.getsignal(signal.SIGTERM) is handler
+      if number[0] == signal.SIGTERM and is_ours:
+        _leave()
+
+  thread = threading.Thread(target=listen, daemon=True)
+  thread.start()
   try:
     yield
   finally:
+    signal.set_wakeup_fd(fd)
     signal.signal(signal.SIGTERM, before)
+    os.close(written)
+    thread.join()
+    os.close(heard)
+
+
+def _leave() -> None:
+  said = 'perceiver-ar: SIGTERM: ended with nothing to save; run again'
+  print(said, file=sys.stderr, flush=True)
+  # Not imported here: it may be in the middle of that.
+  distributed = sys.modules.get('perceiver_ar.distributed')
+  if distributed is not None and hasattr(distributed, 'leave'):
+    distributed.leave(RESTART)
+  os._exit(RESTART)
 
 
 class Stop:

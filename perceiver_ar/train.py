@@ -57,7 +57,8 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
     UserError: the config, the data, the mesh or the workdir do not fit, or
       too many steps in a row were not finite; or one process of the job has
       another config, code or data than the others.
-    HostsError: a process did not come to a barrier in time.
+    HostsError: a process did not come to a barrier in time, or has left.
+    SaveError: a checkpoint could not be written.
   """
   documents = pipeline.open_documents(
     config.data, 'train', seed=config.train.seed
@@ -71,27 +72,23 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   abstract = train_step_lib.abstract_state(config, mesh)
   workdir.check(folder, config, documents)
   workdir.check_shared(folder)
-  stop = Stop()
-  with stop.on_signals():
-    distributed.barrier('restore')
-    with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
-      restored = checkpoints.restore_newest(abstract)
-      first_step = restored[0] if restored else 0
-      if restored:
-        saved = checkpoint.load_config(folder, first_step)
-        workdir.check_config(folder, saved, config)
-      _announce(config, mesh, abstract, documents, first_step)
-      status = 0
-      if first_step < config.train.num_steps:
-        with distributed.first_process_first() as is_first:
-          if is_first:
-            workdir.begin(folder, config, documents)
-        state = (
-          restored[1] if restored else _first_state(config, mesh, documents)
-        )
-        loop = _Loop(config, mesh, checkpoints, evaluator, stop)
-        status = loop.run(state, documents, first_step, folder)
-    distributed.barrier('exit')
+  distributed.barrier('restore')
+  with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
+    restored = checkpoints.restore_newest(abstract)
+    first_step = restored[0] if restored else 0
+    if restored:
+      saved = checkpoint.load_config(folder, first_step)
+      workdir.check_config(folder, saved, config)
+    _announce(config, mesh, abstract, documents, first_step)
+    status = 0
+    if first_step < config.train.num_steps:
+      with distributed.first_process_first() as is_first:
+        if is_first:
+          workdir.begin(folder, config, documents)
+      state = restored[1] if restored else _first_state(config, mesh, documents)
+      loop = _Loop(config, mesh, checkpoints, evaluator)
+      status = loop.run(state, documents, first_step, folder)
+  distributed.barrier('exit')
   return status
 
 
@@ -129,13 +126,12 @@ class _Loop:
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
     evaluator: Evaluator | None,
-    stop: Stop,
   ):
     self._config = config
     self._mesh = mesh
     self._checkpoints = checkpoints
     self._evaluator = evaluator
-    self._stop = stop
+    self._stop = Stop()
     self._exchange = host_reports.Exchange(mesh)
     self._stopping = 0  # the signal that ends all processes at this step
     self._save_soon = False  # as process 0's clock says
@@ -163,6 +159,7 @@ class _Loop:
         'train', num_steps, 'steps', first_step, visible=process == 0
       ) as self._progress,
       Watchdog(self._config.train.hang_seconds) as self._watchdog,
+      contextlib.ExitStack() as listening,
     ):
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
@@ -174,6 +171,8 @@ class _Loop:
           distributed.barrier('first batch')
           train_step = self._make_step(state, batch.arrays)
           distributed.barrier('compile')
+          # Before, a signal ends it at once: there is nothing to save.
+          listening.enter_context(self._stop.on_signals())
           self._began = time.monotonic()
           self._watchdog.begin('step', f'step {step}')
         state, sums = train_step(state, batch.arrays)
@@ -183,6 +182,7 @@ class _Loop:
         self._pending = step, sums, sent
         if self._after(step + 1, state):
           break
+      self._checkpoints.wait()
     return self._end(step + 1)
 
   def _make_step(self, state: TrainState, batch: dict[str, Any]) -> Any:
@@ -301,7 +301,6 @@ class _Loop:
     )
 
   def _end(self, step: int) -> int:
-    self._checkpoints.wait()
     if self._stopping and step < self._config.train.num_steps:
       name = signal.Signals(self._stopping).name
       _say(f'{name}: step {step} is saved; run again to go on')

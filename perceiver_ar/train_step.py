@@ -162,11 +162,9 @@ def make_train_step(
 def saved_flops(config: Config, mesh: Mesh) -> int:
   """Of `flops.train_flops` of a batch, what the token table saves."""
   model, train = config.model, config.train
-  axes = (*partitioning.BATCH_AXES, 'context')
   num = train.batch_size * (model.num_kept_inputs or model.context_length)
-  parts = train.num_microbatches * partitioning.num_parts(mesh, axes)
-  saved = flops.saved_flops(model, num_inputs=num, num_local=num // parts)
-  return 3 * saved
+  parts = train.num_microbatches * partitioning.num_input_parts(mesh)
+  return 3 * flops.saved_flops(model, num_inputs=num, num_parts=parts)
 
 
 def train_step(

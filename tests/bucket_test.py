@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from etils import epath
-from hosts import ROOT, free_port
+from hosts import free_port
 from runs import TINY, wait_until
 
 pytest.importorskip('gcsfs')
@@ -70,19 +70,19 @@ def _routes():
   return ((moves, {'POST': move}), *routes)
 
 
-def start(*words):
+def start(folder, *words):
   return subprocess.Popen(
     [sys.executable, '-m', 'perceiver_ar.main', *words],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    cwd=ROOT,
+    cwd=folder,
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'},
   )
 
 
-def run(*words, status=0):
-  job = start(*words)
+def run(folder, *words, status=0):
+  job = start(folder, *words)
   said, _ = job.communicate(timeout=200)
   assert job.returncode == status, said
   return said
@@ -96,18 +96,22 @@ def without_times(value):
 @pytest.mark.slow
 def test_a_bucket_is_as_a_disk(bucket, tmp_path):
   disk, folder = f'{tmp_path}/run', epath.Path(bucket)
-  run(*_WORDS, f'--workdir={disk}')
-  job = start(*_WORDS, f'--workdir={bucket}')
+  run(tmp_path, *_WORDS, f'--workdir={disk}')
+  job = start(tmp_path, *_WORDS, f'--workdir={bucket}')
   wait_until((folder / 'checkpoints/10').exists, job)
   job.send_signal(signal.SIGTERM)
   said, _ = job.communicate(timeout=200)
   assert job.returncode == 75, said
-  assert 'goes on from step' in run(*_WORDS, f'--workdir={bucket}')
+  assert 'goes on from step' in run(tmp_path, *_WORDS, f'--workdir={bucket}')
   for workdir in (disk, bucket):
-    run('evaluate', f'--workdir={workdir}')
-    run('sample', f'--workdir={workdir}')
-    assert 'sound' in run('checkpoint', 'verify', f'--workdir={workdir}')
-  said = run('checkpoint', 'diff', f'--workdir={bucket}', f'--other={disk}')
+    run(tmp_path, 'evaluate', f'--workdir={workdir}')
+    run(tmp_path, 'sample', f'--workdir={workdir}')
+    assert 'sound' in run(
+      tmp_path, 'checkpoint', 'verify', f'--workdir={workdir}'
+    )
+  said = run(
+    tmp_path, 'checkpoint', 'diff', f'--workdir={bucket}', f'--other={disk}'
+  )
   differences = json.loads(said[said.index('{') :])
   assert differences == {'steps': [40, 40], 'config': [], 'arrays': []}
   for name in ('metrics.jsonl', 'evaluation.json', 'samples/samples.json'):
@@ -115,6 +119,17 @@ def test_a_bucket_is_as_a_disk(bucket, tmp_path):
     lines = [t.splitlines() if 'jsonl' in name else [t] for t in texts]
     ours, theirs = ([without_times(json.loads(x)) for x in t] for t in lines)
     assert ours == theirs
-  assert '1970-' not in run('checkpoint', 'list', f'--workdir={bucket}')
+  assert '1970-' not in run(
+    tmp_path, 'checkpoint', 'list', f'--workdir={bucket}'
+  )
   assert [path.name for path in (folder / 'tensorboard').iterdir()]
-  assert not list(tmp_path.glob('gs:*'))
+  output = 'gs://bucket/out/parameters.safetensors'
+  run(
+    tmp_path,
+    'checkpoint',
+    'export',
+    f'--workdir={bucket}',
+    f'--output={output}',
+  )
+  assert epath.Path(output).exists()
+  assert [path.name for path in tmp_path.iterdir()] == ['run']

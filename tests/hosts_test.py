@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from hosts import ROOT, ends, start_job
-from runs import TINY, final_params, rows, wait_until, write_texts
+from runs import TINY, damage, final_params, rows, wait_until, write_texts
 
 from perceiver_ar import checkpoint, workdir
 from perceiver_ar import config as config_lib
@@ -230,6 +230,18 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
   assert f'{name}: process {late} (' in said
   assert f'did not come within {_SECONDS} s' in said
   assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_all_agree_on_what_is_damaged(tmp_path):
+  words = ['--config.train.num_steps=4', '--config.checkpoint.save_every=2']
+  words.append('--config.checkpoint.keep_latest=2')
+  assert_all_end(train(tmp_path, *words, processes=2), 0)
+  damage(tmp_path, 4, 'flipped')
+  said = assert_all_end(train(tmp_path, *words, processes=2), 0)
+  assert 'checkpoints/4 is damaged' in said[0] and 'step 2 is used' in said[0]
+  assert checkpoint.saved_steps(tmp_path) == [2, 4]
+  assert [x.name for x in (tmp_path / 'damaged').iterdir()] == ['4-1']
 
 
 @pytest.mark.slow

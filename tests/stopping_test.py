@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from perceiver_ar import stopping
-from perceiver_ar.errors import HostsError
 from perceiver_ar.stopping import Stop
 
 
@@ -30,12 +32,37 @@ def test_a_second_ctrl_c_ends_at_once():
       os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_sigterm_ends_what_has_nothing_to_save_once():
+_BLOCKED = """
+import ctypes
+from perceiver_ar import stopping
+with stopping.restarted_on_sigterm():
+  print('ready', flush=True)
+  ctypes.CDLL(None).sleep(600)  # no handler of Python's runs meanwhile
+"""
+
+
+def test_sigterm_ends_at_once_what_has_nothing_to_save():
+  process = subprocess.Popen(
+    [sys.executable, '-c', _BLOCKED],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=10)
+  assert process.returncode == 75
+  assert said == (
+    'perceiver-ar: SIGTERM: ended with nothing to save; run again\n'
+  )
+
+
+def test_sigterm_is_left_to_the_run_that_saves():
   before = signal.getsignal(signal.SIGTERM)
-  with stopping.restarted_on_sigterm():
-    with Stop().on_signals():
-      os.kill(os.getpid(), signal.SIGTERM)  # that one's
-    with pytest.raises(HostsError, match='SIGTERM'):
-      os.kill(os.getpid(), signal.SIGTERM)
+  stop = Stop()
+  with stopping.restarted_on_sigterm(), stop.on_signals():
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+  assert stop.signal == signal.SIGTERM
   assert signal.getsignal(signal.SIGTERM) == before

@@ -114,6 +114,12 @@ class Documents:
         'data.path is empty; prepare a data set with tools/prepare_*.py '
         'and pass --config.data.path=DIR'
       )
+    if '://' in path:
+      raise UserError(
+        f'data.path {path} is in a bucket, and records are read from disks; '
+        'copy it to every host, as launch/gke.py and launch/tpu_vm.sh do '
+        '(--data)'
+      )
     folder = Path(path)
     self.manifest = Manifest.load(folder)
     self.folder = folder

@@ -51,15 +51,16 @@ def _forward(
   epsilon: float,
   dtype: str,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  x, D = x_BTD.astype(jnp.float32), x_BTD.shape[-1]
-  sum_BT1, sum_of_squares_BT1 = _sums(x, x * x)
+  kept_BTD, D = x_BTD, x_BTD.shape[-1]
+  x_BTD = x_BTD.astype(jnp.float32)
+  sum_BT1, sum_of_squares_BT1 = _sums(x_BTD, x_BTD * x_BTD)
   mean_BT1 = sum_BT1 / D
   # Rounding can make it negative where all of a row is the same.
   variance_BT1 = jnp.maximum(0, sum_of_squares_BT1 / D - mean_BT1**2)
   inverse_BT1 = jax.lax.rsqrt(variance_BT1 + epsilon)
-  y_BTD = (x - mean_BT1) * (inverse_BT1 * scale_D[None, None])
+  y_BTD = (x_BTD - mean_BT1) * (inverse_BT1 * scale_D[None, None])
   y_BTD += offset_D[None, None]
-  return y_BTD.astype(dtype), (x_BTD, scale_D, mean_BT1, inverse_BT1)
+  return y_BTD.astype(dtype), (kept_BTD, scale_D, mean_BT1, inverse_BT1)
 
 
 def _backward(
@@ -71,16 +72,16 @@ def _backward(
   del epsilon, dtype
   x_BTD, scale_D, mean_BT1, inverse_BT1 = kept
   D = x_BTD.shape[-1]
-  d = d_BTD.astype(jnp.float32)
-  normal = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1
-  scaled = d * scale_D[None, None]
-  sum_BT1, projection_BT1 = _sums(scaled, scaled * normal)
-  along_BTD = (sum_BT1 + normal * projection_BT1) / D
-  d_x_BTD = (scaled - along_BTD) * inverse_BT1
+  d_BTD = d_BTD.astype(jnp.float32)
+  normal_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1
+  scaled_BTD = d_BTD * scale_D[None, None]
+  sum_BT1, projection_BT1 = _sums(scaled_BTD, scaled_BTD * normal_BTD)
+  along_BTD = (sum_BT1 + normal_BTD * projection_BT1) / D
+  d_x_BTD = (scaled_BTD - along_BTD) * inverse_BT1
   return (
     d_x_BTD.astype(x_BTD.dtype),
-    (d * normal).sum((0, 1)).astype(scale_D.dtype),
-    d.sum((0, 1)).astype(scale_D.dtype),
+    (d_BTD * normal_BTD).sum((0, 1)).astype(scale_D.dtype),
+    d_BTD.sum((0, 1)).astype(scale_D.dtype),
   )
 
 

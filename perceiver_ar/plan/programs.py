@@ -77,10 +77,11 @@ def _evaluate(config: Config, mesh: Mesh) -> Program:
     context_length=how.context_length,
     num_latents=how.num_latents,
   )
-  axes = (*partitioning.BATCH_AXES, 'context')
-  num = how.batch_size * how.context_length
-  num_local = num // partitioning.num_parts(mesh, axes)
-  saved = flops.saved_flops(config.model, num_inputs=num, num_local=num_local)
+  saved = flops.saved_flops(
+    config.model,
+    num_inputs=how.batch_size * how.context_length,
+    num_parts=partitioning.num_input_parts(mesh),
+  )
   return Program(
     command='evaluate',
     function=evaluate.make_score(config, mesh),

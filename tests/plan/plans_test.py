@@ -260,22 +260,39 @@ def test_work_does_not_depend_on_how_a_step_is_cut():
   assert found[0] == found[1] > 0
 
 
-@pytest.mark.parametrize('data', [1, 2])
-def test_work_that_the_token_table_saves_is_said_and_not_needed(data):
-  programs_by_table = {}
-  for table in ('auto', 'never'):
-    config = make_config(
-      {'model.token_table': table, 'model.width': 256, 'mesh.data': data}
+@pytest.mark.parametrize(('microbatches', 'slices'), [(1, 1), (4, 1), (2, 2)])
+def test_work_that_the_token_table_saves_is_not_needed(microbatches, slices):
+  auto, never = (
+    make_config(
+      {
+        'model.token_table': table,
+        'model.width': 256,
+        'train.num_microbatches': microbatches,
+        'mesh.slice': slices,
+        'mesh.data': 1,
+      }
     )
-    mesh = partitioning.make_mesh(config.mesh, jax.devices()[:data])
-    programs_by_table[table] = programs.make_program('train', config, mesh)
-  auto, never = programs_by_table['auto'], programs_by_table['never']
+    for table in ('auto', 'never')
+  )
+  mesh = partitioning.make_mesh(auto.mesh, jax.devices()[:slices])
+  auto, never = (programs.make_program('train', c, mesh) for c in (auto, never))
   assert never.saved_flops == 0 < auto.saved_flops
   assert auto.model_flops == never.model_flops - auto.saved_flops
   traced = [p.function.trace(*p.args).jaxpr.jaxpr for p in (never, auto)]
   plain, table = (counting.count(x, 1).total for x in traced)
   # And the sums of biases' gradients, which are matmuls of 8 rows.
   assert plain - table == pytest.approx(auto.saved_flops, rel=0.02)
+
+
+def test_inputs_that_many_devices_share_save_less():
+  found = []
+  for axis in ('data', 'context'):
+    config = make_config({'mesh.data': 1, f'mesh.{axis}': 2})
+    mesh = partitioning.make_mesh(config.mesh, jax.devices()[:2])
+    found.append(programs.make_program('train', config, mesh).saved_flops)
+  whole = 3 * flops.projection_flops(_CONFIG.model, 8 * 24)
+  twice = 3 * flops.projection_flops(_CONFIG.model, 2 * 31)
+  assert found == [whole - twice] * 2
 
 
 def test_a_layout_that_is_refused_says_why_in_its_line(machine):
