@@ -37,7 +37,8 @@ import ctypes
 from perceiver_ar import stopping
 with stopping.restarted_on_sigterm():
   print('ready', flush=True)
-  ctypes.CDLL(None).sleep(600)  # no handler of Python's runs meanwhile
+  while True:
+    ctypes.CDLL(None).sleep(600)  # where no handler of Python's runs
 """
 
 
