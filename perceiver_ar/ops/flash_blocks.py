@@ -63,7 +63,10 @@ class Plan:
     turned = 2 * self.itemsize if self.pairs else 0
     per_key = self.keys * (8 * self.itemsize + 16 + split + turned)
     per_query = self.queries * (6 * self.itemsize + 8 + split + turned + kept)
-    scores = self.queries * self.keys * (16 + split)
+    # Heads across the borders of lanes take registers that there are not.
+    across = _LANES % self.head_size and self.head_size % _LANES
+    spilled = 16 if across else 0
+    scores = self.queries * self.keys * (16 + split + spilled)
     width = self.width + -self.width % _LANES
     return scores + (per_key + per_query) * width
 
