@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,8 @@ def run(tmp_path_factory):
   }
   second = jax.tree.map(lambda x: x, first)
   second['params']['a'] = second['params']['a'].at[1, 2].add(0.5)
-  with Checkpoints(folder, config.checkpoint) as checkpoints:
+  keep = dataclasses.replace(config.checkpoint, save_every=1)
+  with Checkpoints(folder, keep) as checkpoints:
     checkpoints.save(1, first, config=config, loss=None)
     checkpoints.save(2, second, config=config, loss=None)
   return folder

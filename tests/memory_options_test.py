@@ -87,6 +87,7 @@ def _after_a_step(changes):
   return state
 
 
+@pytest.mark.slow
 def test_moments_in_host_memory_give_the_same_bits():
   here, away = (
     _after_a_step({'optimizer.offload': offload}) for offload in (False, True)
@@ -99,6 +100,7 @@ def test_moments_in_host_memory_give_the_same_bits():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_types_of_parameters_and_moments_are_what_the_config_says():
   state = _after_a_step(
     {'model.param_dtype': 'bfloat16', 'optimizer.momentum_dtype': 'bfloat16'}

@@ -99,7 +99,8 @@ def expected(config, prompt, length, row):
 
 # From SOS alone, and from prompts below R, below N and above N, as far as M.
 @pytest.mark.parametrize(
-  'prompt_length', [pytest.param(1, marks=pytest.mark.slow), 3, 6, 12]
+  'prompt_length',
+  [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 6, 12],
 )
 def test_samples_are_those_of_full_forward_passes(prompt_length):
   config, sampler = make_sampler()

@@ -40,6 +40,7 @@ def test_too_few_rows_split_the_latents_and_gather_their_keys():
   assert gathers
 
 
+@pytest.mark.slow
 def test_what_crosses_context_does_not_grow_with_the_inputs():
   sent = []
   for M in (24, 96):

@@ -112,7 +112,7 @@ def test_microbatches_give_the_sums_of_the_batch(num_microbatches):
 @pytest.mark.parametrize(
   'drop',
   [
-    {'model.dropout_rate': 0.3},
+    _slow({'model.dropout_rate': 0.3}),
     _slow({'model.input_dropout_rate': 0.3}),
     _slow({'model.num_kept_inputs': 12}),
   ],
@@ -131,7 +131,7 @@ def test_what_is_dropped_of_a_row_does_not_depend_on_how_rows_are_cut(
 @pytest.mark.parametrize(
   ('mesh', 'axis'),
   [
-    ({'slice': 2, 'data': 2}, 'slice'),
+    _slow({'slice': 2, 'data': 2}, 'slice'),
     _slow({'data': 2, 'rules': 'replicated'}, 'data'),
   ],
   ids=str,
@@ -189,7 +189,7 @@ _SGD = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
 
 @pytest.mark.parametrize(
   'mesh',
-  [_slow({'slice': 2, 'data': 2, 'model': 2}), {'data': 2, 'model': 2}],
+  [_slow({'slice': 2, 'data': 2, 'model': 2}), {'data': 2}],
   ids=str,
 )
 def test_updates_do_not_depend_on_the_mesh(mesh):

@@ -153,6 +153,7 @@ def assert_training_is_the_same(one, other):
   jax.tree.map(np.testing.assert_array_equal, params, others)
 
 
+@pytest.mark.slow
 def test_a_constant_schedule_may_go_on_for_longer(tmp_path, undisturbed):
   train.train_and_evaluate(copy_config(train__num_steps=3), tmp_path)
   assert rows(tmp_path)[-1]['step'] == 3

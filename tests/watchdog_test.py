@@ -39,6 +39,7 @@ def test_limits_follow_what_a_kind_takes():
     assert watchdog.limit('save') == 7
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
   words = [
     'train',
