@@ -130,7 +130,7 @@ class Checkpoints:
         },
         force=True,
       )
-      assert saved
+    assert saved
 
   def steps(self) -> list[int]:
     """In order, with the one that is being written."""

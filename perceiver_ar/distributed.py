@@ -147,15 +147,12 @@ def _wait(client: Any, at: str, name: str) -> bool:
 
   In a thread, so that this one sees who leaves, and signals.
   """
-  ended: list[bool] = []
-  over = threading.Event()
+  passed, over = threading.Event(), threading.Event()
 
   def wait() -> None:
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
       client.wait_at_barrier(at, int(_job.seconds * 1000))
-      ended.append(True)
-    except jax.errors.JaxRuntimeError:
-      ended.append(False)
+      passed.set()
     over.set()
 
   threading.Thread(target=wait, daemon=True).start()
@@ -163,7 +160,7 @@ def _wait(client: Any, at: str, name: str) -> bool:
     # One that came, and has left since, may have let this one pass.
     if (left := _entries(client, 'left')) and not over.wait(_LOOK_SECONDS):
       _say_who_left(name, left)
-  return ended[0]
+  return passed.is_set()
 
 
 @contextlib.contextmanager

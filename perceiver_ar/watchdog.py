@@ -29,7 +29,9 @@ class Watchdog:
   def __init__(self, seconds: float):
     """Anything may take so many `seconds`, and longer if it usually does."""
     self._seconds = seconds
-    self._taken: dict[str, collections.deque[float]] = {}
+    self._taken: dict[str, collections.deque[float]] = collections.defaultdict(
+      lambda: collections.deque(maxlen=_REMEMBERED)
+    )
     self._now = '', '', time.monotonic()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -51,8 +53,6 @@ class Watchdog:
     """
     before, _, since = self._now
     now = time.monotonic()
-    if before not in self._taken:
-      self._taken[before] = collections.deque(maxlen=_REMEMBERED)
     self._taken[before].append(now - since)
     self._now = kind, what, now
 

@@ -12,7 +12,7 @@ from perceiver_ar import distributed
 from perceiver_ar.errors import HostsError, UserError
 from perceiver_ar.places import Place
 port, process, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-distributed.join(Place('flags', f'127.0.0.1:{port}', 3, process), 30.0)
+distributed.join(Place('flags', f'127.0.0.1:{port}', 3, process), 300.0)
 distributed.barrier('one')
 if process == 2:
   if how == 'on the way':  # announced, and never waits

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from states import CONFIG, ROOT, make_mesh, make_state, same, sharded
 
-from perceiver_ar import checkpoint, inspection
+from perceiver_ar import checkpoint, distributed, inspection, saved_step
 from perceiver_ar import config as config_lib
 from perceiver_ar.errors import SaveError, UserError
 
@@ -195,6 +195,27 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(
   # A run goes on from there.
   save(tmp_path, [3])
   assert all(row['ok'] for row in inspection.verify(tmp_path))
+
+
+@pytest.mark.parametrize('at', [0, 1])
+def test_what_another_process_cannot_read_none_restores(
+  tmp_path, monkeypatch, at
+):
+  """Of the manifest, of the arrays."""
+  save(tmp_path, [1])
+  said = []
+
+  def exchange(name, reason):
+    said.append(reason)
+    return [reason, 'cut short' if len(said) == at + 1 else '']
+
+  monkeypatch.setattr(distributed, 'exchange', exchange)
+  monkeypatch.setattr(distributed._job, 'names', ['a', 'b'])
+  folder = checkpoint.step_folder(tmp_path, 1)
+  abstract = sharded(make_mesh(1, 1), make_state(1))
+  with pytest.raises(checkpoint.Damaged, match=r'process 1 \(b\) found: cut'):
+    saved_step.restore(folder, abstract, '')
+  assert said == [''] * (at + 1)
 
 
 def test_when_all_are_damaged_the_run_stops_and_keeps_them(tmp_path):

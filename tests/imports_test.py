@@ -28,6 +28,7 @@ _ALSO = {
   ('distributed', 'places'),
   ('distributed', 'roll_call'),
   ('lines', 'paths'),
+  ('data', 'paths'),
   ('config', 'config_checks'),
   ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section

@@ -189,7 +189,11 @@ _SGD = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
 
 @pytest.mark.parametrize(
   'mesh',
-  [_slow({'slice': 2, 'data': 2, 'model': 2}), {'data': 2}],
+  [
+    _slow({'slice': 2, 'data': 2, 'model': 2}),
+    _slow({'data': 2, 'model': 2}),
+    {'data': 2},
+  ],
   ids=str,
 )
 def test_updates_do_not_depend_on_the_mesh(mesh):

@@ -240,8 +240,12 @@ def test_another_data_set_is_refused(tmp_path):
 
 
 def test_a_save_that_failed_ends_the_run_before_the_next(tmp_path, monkeypatch):
-  def fail(*args, **kwargs):
-    raise OSError(28, 'No space left on device')
+  class InTheBackground:
+    def result(self, timeout=None):
+      raise OSError(28, 'No space left on device')
+
+  async def fail(*args, **kwargs):
+    return [InTheBackground()]
 
   monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', fail)
   config = copy_config(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from perceiver_ar import paths
 from perceiver_ar.data import codecs, layouts, tokens
 from perceiver_ar.errors import UserError
 
@@ -114,7 +115,7 @@ class Documents:
         'data.path is empty; prepare a data set with tools/prepare_*.py '
         'and pass --config.data.path=DIR'
       )
-    if '://' in path:
+    if paths.is_bucket(path):
       raise UserError(
         f'data.path {path} is in a bucket, and records are read from disks; '
         'copy it to every host, as launch/gke.py and launch/tpu_vm.sh do '

@@ -114,6 +114,11 @@ def test_a_path_without_data_says_how_to_get_some(tmp_path, path, match):
     records.Documents(path.format(tmp=tmp_path), 'train')
 
 
+def test_a_bucket_is_refused_with_what_to_do():
+  with pytest.raises(UserError, match=r'gs://b/x is in a bucket.*copy it'):
+    records.Documents('gs://b/x', 'train')
+
+
 def test_an_unknown_split_lists_those_there(write_data):
   with pytest.raises(UserError, match="'test'; it has train, validation"):
     records.Documents(str(write_data([4])), 'test')
