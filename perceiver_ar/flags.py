@@ -42,11 +42,11 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
       name,
       help=about,
       description=about,
-      epilog=None if name == 'checkpoint' else _CONFIG_HELP,
+      epilog=None if name in ('checkpoint', 'drill') else _CONFIG_HELP,
       allow_abbrev=False,
     )
     sub.set_defaults(run=runs[name])
-    if name != 'plan':
+    if name not in ('plan', 'drill'):
       sub.add_argument(
         '--workdir', required=True, metavar='DIR', help='the folder of the run'
       )
@@ -190,6 +190,16 @@ def _checkpoint(sub: Any) -> None:
   _add_output(sub, 'export: the safetensors file; else write the JSON here')
 
 
+def _drill(sub: Any) -> None:
+  sub.add_argument('name', nargs='*', metavar='NAME', help='of faults')
+  sub.add_argument('--list', action='store_true', help='the names of faults')
+  sub.add_argument('--all', action='store_true', help='every fault')
+  sub.add_argument(
+    '--processes', type=int, default=2, help='of the job; default: 2'
+  )
+  _add_output(sub, 'write the verdicts here as JSON')
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
   'train': ('Train; run again, it goes on where it was.', _train),
   'evaluate': ('Score every held-out token once, as JSON.', _evaluate),
@@ -199,4 +209,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
   ),
   'plan': ('Say what a run would take on machines that are not here.', _plan),
   'checkpoint': ('Look at checkpoints.', _checkpoint),
+  'drill': (
+    'Put faults into small jobs of this machine, and demand that each ends as '
+    'if nothing had been.',
+    _drill,
+  ),
 }

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     'sample': _sample,
     'plan': _plan,
     'checkpoint': _checkpoint,
+    'drill': _drill,
   }
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -222,6 +223,24 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
     }
   _write_json(report, args.output)
   return 0
+
+
+def _drill(args: argparse.Namespace, rest: list[str]) -> int:
+  if rest:
+    raise UserError(f'drill does not know {rest[0]}; see --help')
+  if args.processes < 1:
+    raise UserError(f'--processes={args.processes} must be at least 1')
+  from perceiver_ar.drill import drills
+
+  if args.list:
+    print('\n'.join(f'{x.name:<14}{x.about}' for x in drills.FAULTS))
+    return 0
+  if args.all == bool(args.name):
+    raise UserError('drill needs NAMEs of faults, or --all; see drill --list')
+  faults = drills.FAULTS if args.all else drills.chosen(args.name)
+  verdicts = drills.run(faults, args.processes)
+  _write_json([dataclasses.asdict(v) for v in verdicts], args.output)
+  return 0 if all(v.verdict != 'failed' for v in verdicts) else 1
 
 
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:

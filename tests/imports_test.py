@@ -20,6 +20,7 @@ _LAYERS = [
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
   'prefetch train plan report watchdog',
   'main',
+  'drill',
 ]
 _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 # Within a row.
@@ -45,6 +46,7 @@ _ALSO = {
   ('artifacts', 'sample'),
   ('inspection', 'checkpoint'),
   ('inspection', 'saved_step'),
+  ('main', 'drill'),
 }
 
 

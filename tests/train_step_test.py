@@ -31,8 +31,8 @@ from perceiver_ar.plan.hlo import Module
 _TESTS = pathlib.Path(__file__).parent
 _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
-# With the number of microbatches, which are rotary if there are several. Where
-# these have fewer rows than devices, the latents are split over `context`.
+# With the number of microbatches. Where these have fewer rows than devices, the
+# latents are split over `context`.
 _MESHES = [
   ({'slice': 2, 'data': 2, 'model': 2}, 2),
   ({'data': 2, 'context': 2, 'model': 2}, 1),
@@ -64,9 +64,17 @@ _MESHES = [
 _ALL_FOUR = {'slice': 2, 'data': 2, 'context': 2, 'model': 2}
 
 
+def _positions(num_microbatches, other):
+  """Rotary ones with several, unless it is the other way round."""
+  return SINUSOIDAL if (num_microbatches == 1) != other else {}
+
+
+@pytest.mark.parametrize('other', [False, _slow(True)])
 @pytest.mark.parametrize(('mesh', 'num_microbatches'), _MESHES, ids=str)
-def test_sums_and_gradients_do_not_depend_on_the_mesh(mesh, num_microbatches):
-  positions = SINUSOIDAL if num_microbatches == 1 else {}
+def test_sums_and_gradients_do_not_depend_on_the_mesh(
+  mesh, num_microbatches, other
+):
+  positions = _positions(num_microbatches, other)
   changes = {'train.num_microbatches': num_microbatches}
   one_sums, one_grads, _ = gradients(config_on({}, **positions))
   sums, grads, _ = gradients(config_on(mesh, **changes, **positions))
@@ -77,10 +85,13 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(mesh, num_microbatches):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('other', [False, True])
 @pytest.mark.parametrize('num_microbatches', [1, 2])
-def test_all_four_axes_together_give_the_sums_of_one_device(num_microbatches):
+def test_all_four_axes_together_give_the_sums_of_one_device(
+  num_microbatches, other
+):
   """On sixteen devices, which is what it takes, in another process."""
-  positions = SINUSOIDAL if num_microbatches == 1 else {}
+  positions = _positions(num_microbatches, other)
   changes = positions | {'train.num_microbatches': num_microbatches}
   code = f"""
 import conftest, jax

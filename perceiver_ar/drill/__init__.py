@@ -1,0 +1,1 @@
+"""Faults put into small real jobs, which must end as if nothing had been."""

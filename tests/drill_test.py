@@ -1,0 +1,184 @@
+"""Drills: that they pass, and that they do not pass for nothing."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from perceiver_ar import checkpoint
+from perceiver_ar.drill import drills, faults
+from perceiver_ar.drill.faults import Fault
+from perceiver_ar.drill.scene import NUM_STEPS, Failed, Trace
+from perceiver_ar.main import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+_EXACT = Fault('exact', '', lambda scene: None)
+_FLOATS = dataclasses.replace(_EXACT, exact=False)
+_ROW = {'loss': 1.0, 'data_digest': 'a'}
+_TRACE = Trace(
+  [{'step': step} | _ROW for step in range(3)], {'params/x': ['f4', [1], 'a']}
+)
+
+
+def changed(step, **values):
+  rows = [row | values if row['step'] == step else row for row in _TRACE.rows]
+  return dataclasses.replace(_TRACE, rows=rows)
+
+
+@pytest.mark.parametrize('fault', [_EXACT, _FLOATS])
+def test_equal_runs_and_steps_left_out_are_the_same(fault):
+  drills.compare(_TRACE, _TRACE, fault)
+  fault = dataclasses.replace(fault, without=(1,))
+  drills.compare(changed(1, loss=2.0), _TRACE, fault)
+
+
+@pytest.mark.parametrize(
+  ('got', 'match'),
+  [
+    (changed(2, loss=1.0000001), 'step 2 has loss 1.0000001, and .* 1.0'),
+    (changed(2, data_digest='b'), 'step 2 has data_digest b'),
+    (changed(2, skipped=1), 'step 2 has skipped 1, and .* None'),
+    (Trace(_TRACE.rows[:2], _TRACE.arrays), 'other steps'),
+    (Trace(_TRACE.rows * 2, _TRACE.arrays), 'other steps'),
+    (Trace(_TRACE.rows, {'params/x': ['f4', [1], 'b']}), 'params/x ends with'),
+  ],
+)
+def test_a_run_that_is_another_fails(got, match):
+  with pytest.raises(Failed, match=match):
+    drills.compare(got, _TRACE, _EXACT)
+
+
+def test_other_hosts_may_round_otherwise_and_must_see_the_same_data():
+  drills.compare(changed(2, loss=1.0001), _TRACE, _FLOATS)
+  for got in (changed(2, loss=1.1), changed(2, data_digest='b')):
+    with pytest.raises(Failed):
+      drills.compare(got, _TRACE, _FLOATS)
+
+
+def test_the_list_names_every_fault(capsys):
+  with pytest.raises(SystemExit, match='0'):
+    main(['drill', '--list'])
+  said = capsys.readouterr().out
+  assert all(fault.name in said for fault in faults.FAULTS)
+
+
+@pytest.mark.parametrize(
+  ('words', 'match'),
+  [
+    (['nothing'], "no drill 'nothing'; there is kill-step, "),
+    ([], 'needs NAMEs of faults, or --all'),
+    (['hang', '--all'], 'needs NAMEs of faults, or --all'),
+    (['hang', '--processes=0'], '--processes=0 must be at least 1'),
+  ],
+)
+def test_a_mistake_is_a_sentence(words, match, capsys):
+  with pytest.raises(SystemExit, match='2'):
+    main(['drill', *words])
+  assert match in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_processes', [1, 2])
+def test_every_drill_passes(num_processes, tmp_path):
+  output = tmp_path / 'verdicts.json'
+  words = [f'--processes={num_processes}', f'--output={output}']
+  with pytest.raises(SystemExit) as ended:
+    main(['drill', '--all', *words])
+  verdicts = {v['fault']: v for v in json.loads(output.read_text())}
+  assert ended.value.code == 0, verdicts
+  assert set(verdicts) == {fault.name for fault in faults.FAULTS}
+  alone = {'slow'} if num_processes == 1 else set()
+  not_tried = {k for k, v in verdicts.items() if v['verdict'] != 'passed'}
+  # Nor where no disk can be mounted.
+  assert alone <= not_tried <= alone | {'disk-full'}, verdicts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'removed'),
+  [
+    ('kill-step', 'keeps_rows_that_come_again'),
+    ('kill-save', 'forgets_what_was_saved'),
+    ('kill-restore', 'forgets_what_was_saved'),
+    ('sigterm', 'knows_no_signals'),
+    ('hang', 'never_looks_up'),
+    ('slow', 'names_nobody'),
+    ('other-hosts', 'begins_the_data_again'),
+    ('truncated', 'takes_damage_for_a_crash'),
+    ('flipped', 'believes_every_checksum'),
+    ('emptied', 'takes_damage_for_a_crash'),
+    ('missing', 'takes_damage_for_a_crash'),
+    ('disk-full', 'does_not_ask_whether_it_is_saved'),
+    ('storage', 'does_not_ask_whether_it_is_saved'),
+    ('nan-once', 'takes_any_gradient'),
+    ('nan-many', 'skips_for_ever'),
+    ('shard-gone', 'explains_nothing'),
+    ('shard-corrupt', 'reads_anything'),
+    ('config', 'takes_any_config'),
+  ],
+)
+def test_a_drill_fails_without_the_protection(name, removed):
+  (fault,) = drills.chosen([name])
+  program = [sys.executable, f'{ROOT}/tests/unprotected.py', removed]
+  unprotected = drills.Drills(fault.num_processes, program)
+  try:
+    verdict = unprotected.play(fault)
+  finally:
+    unprotected.remove()
+  if verdict.verdict == 'not tried':
+    pytest.skip(verdict.said)
+  assert verdict.verdict == 'failed', verdict
+
+
+def test_every_fault_has_a_protection_to_remove():
+  (marks,) = [
+    mark
+    for mark in test_a_drill_fails_without_the_protection.pytestmark
+    if mark.name == 'parametrize'
+  ]
+  assert [name for name, _ in marks.args[1]] == [x.name for x in faults.FAULTS]
+
+
+def _some_start(scene, rng):
+  """One start of a run that does not come to its end."""
+  if rng.random() < 0.3:
+    scene.num_processes = int(rng.integers(1, 4))
+  reached = min(len(scene.rows()), NUM_STEPS - 4)
+  at = int(rng.integers(reached, NUM_STEPS - 3))
+  match rng.choice(['kill', 'save', 'restore', 'sigterm', 'damage']):
+    case 'kill':
+      job = scene.start(faults={'kill_at': at}, on=int(rng.integers(3)))
+    case 'save':
+      job = scene.start(faults={'kill_in_save': 1, 'pace': 0.02})
+    case 'restore':
+      job = scene.start(faults={'kill_in_restore': True, 'kill_at': at})
+    case 'sigterm':
+      return scene.stop_at(at)
+    case _:
+      steps = checkpoint.saved_steps(scene.seen)
+      if len(steps) > 1:  # else nothing would be left
+        how = rng.choice([faults._truncate, faults._flip, faults._empty])
+        how(scene.seen / 'checkpoints' / str(steps[-1]), 0)
+      return None
+  return scene.demand_restart(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(4))
+def test_whatever_happens_the_run_ends_as_if_nothing_had(seed):
+  """Trains some steps, kills, saves, corrupts, changes hosts, resumes."""
+  rng = np.random.default_rng(seed)
+  played = drills.Drills(int(rng.integers(1, 4)))
+  before, wanted = played.num_processes, played.undisturbed()
+  scene = played.scene('random')
+  hosts = {before}
+  for _ in range(5):
+    _some_start(scene, rng)
+    hosts.add(scene.num_processes)
+  scene.finish()
+  assert scene.final
+  drills.compare(scene.final, wanted, _EXACT if len(hosts) == 1 else _FLOATS)
+  played.remove()

@@ -1,0 +1,111 @@
+"""`perceiver_ar.drill.victim` with a protection removed from the trainer.
+
+python tests/unprotected.py NAME FAULTS train --config=...
+"""
+
+import contextlib
+import json
+import sys
+
+import jax.numpy as jnp
+
+from perceiver_ar import (
+  checkpoint,
+  host_reports,
+  main,
+  metrics,
+  prefetch,
+  saved_step,
+  stopping,
+  train,
+  watchdog,
+  workdir,
+)
+from perceiver_ar.data import records
+from perceiver_ar.drill import victim
+
+
+def forgets_what_was_saved():
+  checkpoint.Checkpoints.restore_newest = lambda *_: None
+
+
+def keeps_rows_that_come_again():
+  metrics._kept = lambda path, _: metrics.lines.read(path, 'step')
+
+
+def knows_no_signals():
+  stopping.Stop.on_signals = lambda _: contextlib.nullcontext()
+
+
+def never_looks_up():
+  watchdog.Watchdog._watch = lambda _: None
+
+
+def names_nobody():
+  host_reports.slowest = lambda *_: ''
+
+
+def begins_the_data_again():
+  placed = prefetch.placed_batches
+  prefetch.placed_batches = lambda config, documents, mesh, _: placed(
+    config, documents, mesh, 0
+  )
+
+
+def takes_damage_for_a_crash():
+  saved_step._quiet_failure = lambda: contextlib.nullcontext([])
+
+
+class _Same(str):
+  __slots__ = ()
+  __hash__ = str.__hash__
+
+  def __eq__(self, other):
+    return True
+
+  def __ne__(self, other):
+    return False
+
+
+def believes_every_checksum():
+  checksums = saved_step.checksums
+  saved_step.checksums = lambda tree: {
+    name: _Same(value) for name, value in checksums(tree).items()
+  }
+
+
+def does_not_ask_whether_it_is_saved():
+  checkpoint.Checkpoints._saving = lambda _: contextlib.suppress(Exception)
+
+
+def takes_any_gradient():
+  jnp.isfinite = lambda x: jnp.ones_like(x, bool)
+
+
+def skips_for_ever():
+  train._Loop._check_finite = lambda *_: None
+
+
+def explains_nothing():
+  main._explain = lambda error: ('', 1)
+
+
+def reads_anything():
+  read = records.Documents.__getitem__
+
+  def lenient(self, index):
+    try:
+      return read(self, index)
+    except Exception:
+      return records.np.arange(2, 40, dtype='int32')
+
+  records.Documents.__getitem__ = lenient
+
+
+def takes_any_config():
+  workdir.check_config = lambda *_: None
+
+
+if __name__ == '__main__':
+  globals()[sys.argv[1]]()
+  victim.run(json.loads(sys.argv[2]), sys.argv[3:])
