@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed, paths, saved_step
+from perceiver_ar import distributed, journal, paths, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
 from perceiver_ar.errors import SaveError, UserError
@@ -189,6 +189,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       target.parent.mkdir(parents=True, exist_ok=True)
       folder.rename(target)
+      journal.event('set_aside', step=error.step, reason=error.reason)
     _warn('%s; it is kept in %s, and %s', error, target, instead)
     distributed.barrier('restore')
     self._losses.pop(error.step, None)

@@ -16,3 +16,17 @@ class SaveError(RuntimeError):
 
 class HostsError(RuntimeError):
   """A host is missing, or taken away: started again, the job may be whole."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+  """What to say, or '' where that takes a traceback, and the exit status."""
+  if isinstance(error, UserError):
+    return str(error), MISTAKE
+  if isinstance(error, HostsError):
+    return str(error), RESTART
+  if isinstance(error, SaveError):
+    return str(error), 1
+  # Others than those of a path are not the user's mistakes.
+  if isinstance(error, OSError) and error.filename is not None:
+    return f'{error.filename}: {error.strerror}; use another path', MISTAKE
+  return '', 1

@@ -42,11 +42,13 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
       name,
       help=about,
       description=about,
-      epilog=None if name in ('checkpoint', 'drill') else _CONFIG_HELP,
+      epilog=None
+      if name in ('checkpoint', 'drill', 'report')
+      else _CONFIG_HELP,
       allow_abbrev=False,
     )
     sub.set_defaults(run=runs[name])
-    if name not in ('plan', 'drill'):
+    if name not in ('plan', 'drill', 'report'):
       sub.add_argument(
         '--workdir', required=True, metavar='DIR', help='the folder of the run'
       )
@@ -200,6 +202,11 @@ def _drill(sub: Any) -> None:
   _add_output(sub, 'write the verdicts here as JSON')
 
 
+def _report(sub: Any) -> None:
+  sub.add_argument('workdir', metavar='WORKDIR', help='the folder of the run')
+  _add_output(sub, 'write the page here instead of to WORKDIR/report.html')
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
   'train': ('Train; run again, it goes on where it was.', _train),
   'evaluate': ('Score every held-out token once, as JSON.', _evaluate),
@@ -213,5 +220,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
     'Put faults into small jobs of this machine, and demand that each ends as '
     'if nothing had been.',
     _drill,
+  ),
+  'report': (
+    'Make one HTML page of a run, while it goes on or afterwards.',
+    _report,
   ),
 }

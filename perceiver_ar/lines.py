@@ -6,6 +6,7 @@ it is asked for. What a crash tore off at the end is as if never written.
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -47,6 +48,22 @@ class Appender:
   def close(self) -> None:
     self.sync()
     self._file.close()
+
+
+def plain(value: Any) -> Any:
+  """What JSON has words for; numbers that are not finite are strings."""
+  if isinstance(value, Mapping):
+    return {name: plain(item) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if hasattr(value, 'item'):  # an array of NumPy or JAX
+    value = value.item()
+  assert isinstance(value, int | float | str | None), value
+  if isinstance(value, float) and not math.isfinite(value):
+    if math.isnan(value):
+      return 'NaN'
+    return 'Infinity' if value > 0 else '-Infinity'
+  return value
 
 
 def read(path: epath.Path, key: str) -> list[tuple[bytes, Row]]:

@@ -17,15 +17,9 @@ from absl import logging as absl_logging
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import config_files, flags, paths, stopping
+from perceiver_ar import config_files, errors, flags, journal, paths, stopping
 from perceiver_ar.config import Config
-from perceiver_ar.errors import (
-  MISTAKE,
-  RESTART,
-  HostsError,
-  SaveError,
-  UserError,
-)
+from perceiver_ar.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     'plan': _plan,
     'checkpoint': _checkpoint,
     'drill': _drill,
+    'report': _report,
   }
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -59,26 +54,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
   except KeyboardInterrupt:
     return 130
   except Exception as error:
-    sentence, status = _explain(error)
+    sentence, status = errors.explain(error)
     if args.debug or not sentence:
       traceback.print_exc()
     if sentence:
       flags.fail(sentence)
     return status
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-  """What to say, or '' where that takes a traceback, and the exit status."""
-  if isinstance(error, UserError):
-    return str(error), MISTAKE
-  if isinstance(error, HostsError):
-    return str(error), RESTART
-  if isinstance(error, SaveError):
-    return str(error), 1
-  # Others than those of a path are not the user's mistakes.
-  if isinstance(error, OSError) and error.filename is not None:
-    return f'{error.filename}: {error.strerror}; use another path', MISTAKE
-  return '', 1
 
 
 def _join(args: argparse.Namespace) -> None:
@@ -97,6 +78,7 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
+  journal.start_clock()
   if not any(word.startswith('--config=') for word in rest):
     raise UserError('train needs --config=FILE.py[:ARG]; see configs/')
   config = config_files.resolve(rest, None)
@@ -293,6 +275,21 @@ def _list_or_verify(args: argparse.Namespace) -> int:
     )
   _write_json(rows, args.output)
   return 0 if all(row.get('ok', True) for row in rows) else 1
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> int:
+  if rest:
+    raise UserError(f'report does not know {rest[0]}; see --help')
+  import jax
+
+  # The run may hold the accelerators.
+  jax.config.update('jax_platforms', 'cpu')
+  from perceiver_ar.report import document
+
+  run = document.read(args.workdir)
+  print('\n'.join(document.describe(run)))
+  print(document.write(run, [], args.output))
+  return 0
 
 
 def _sets(rest: list[str], key: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeAlias, cast
 
 from etils import epath
 
-from perceiver_ar import lines, paths
+from perceiver_ar import journal, lines, paths
 from perceiver_ar.errors import UserError
 
 Row: TypeAlias = lines.Row
@@ -40,8 +40,10 @@ class Writer:
     if process_index:
       return
     path = _path(workdir)
-    kept = _kept(path, first_step)
+    rows = lines.read(path, 'step')
+    kept = _kept(rows, first_step)
     self._file = lines.Appender(path, [line for line, _ in kept])
+    _tell_lost(rows, first_step)
     self._board = board = path.parent / 'tensorboard'
     if paths.is_bucket(path):
       self._scratch = tempfile.TemporaryDirectory()
@@ -62,7 +64,7 @@ class Writer:
     """Numbers, lists of them, and strings; `split` if it is an evaluation."""
     if self._file is None:
       return
-    row = {name: _plain(value) for name, value in values.items()}
+    row = lines.plain(values)
     self._file.write({'step': step} | row)
     self._write_tensorboard(step, row)
 
@@ -140,28 +142,25 @@ def _path(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'metrics.jsonl'
 
 
-def _plain(value: Any) -> Any:
-  if isinstance(value, list):  # one for each process
-    return [_plain(item) for item in value]
-  if hasattr(value, 'item'):  # an array of NumPy or JAX
-    value = value.item()
-  assert isinstance(value, int | float | str), value
-  if isinstance(value, float) and not math.isfinite(value):
-    if math.isnan(value):
-      return 'NaN'
-    return 'Infinity' if value > 0 else '-Infinity'
-  return value
-
-
 def _is_nan(value: Any) -> bool:
   return isinstance(value, str) and value in _NONFINITE
 
 
-def _kept(path: epath.Path, first_step: int) -> list[tuple[bytes, Row]]:
+def _tell_lost(rows: Sequence[tuple[bytes, Row]], first_step: int) -> None:
+  """In the journal: steps that were done, and are to be done again."""
+  lost = [r for _, r in rows if 'split' not in r and r['step'] >= first_step]
+  if lost:
+    seconds = sum(row.get('seconds', 0.0) for row in lost)
+    journal.event('lost', steps=len(lost), seconds=seconds)
+
+
+def _kept(
+  rows: Sequence[tuple[bytes, Row]], first_step: int
+) -> list[tuple[bytes, Row]]:
   """The lines, without what will be computed again."""
   return [
     (line, row)
-    for line, row in lines.read(path, 'step')
+    for line, row in rows
     if row['step'] < first_step
     # The evaluation of the state that the run resumes from; a run that starts
     # from nothing will repeat that, too.

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from perceiver_ar import partitioning
+from perceiver_ar import journal, partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 
@@ -55,6 +55,6 @@ def placed_batches(
         ahead.append(Placed(arrays, digest, 0.0))
       if not ahead:
         return
-      yield dataclasses.replace(
-        ahead.popleft(), seconds=time.monotonic() - start
-      )
+      seconds = time.monotonic() - start
+      journal.spent('data', seconds)
+      yield dataclasses.replace(ahead.popleft(), seconds=seconds)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from perceiver_ar import journal
 from perceiver_ar.errors import RESTART
 
 
@@ -50,6 +51,7 @@ def restarted_on_sigterm() -> Iterator[None]:
 def _leave() -> None:
   said = 'perceiver-ar: SIGTERM: ended with nothing to save; run again'
   print(said, file=sys.stderr, flush=True)
+  journal.end_at_once('SIGTERM', RESTART)
   # Not imported here: it may be in the middle of that.
   distributed = sys.modules.get('perceiver_ar.distributed')
   if distributed is not None and hasattr(distributed, 'leave'):

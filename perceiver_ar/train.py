@@ -23,6 +23,7 @@ from perceiver_ar import (
   distributed,
   flops,
   host_reports,
+  journal,
   mesh_checks,
   metrics,
   partitioning,
@@ -73,7 +74,10 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   workdir.check(folder, config, documents)
   workdir.check_shared(folder)
   distributed.barrier('restore')
-  with checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints:
+  with (
+    journal.kept(folder, jax.process_index()),
+    checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints,
+  ):
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
     if restored:
@@ -85,6 +89,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       with distributed.first_process_first() as is_first:
         if is_first:
           workdir.begin(folder, config, documents)
+          journal.start(config, mesh, first_step)
       state = restored[1] if restored else _first_state(config, mesh, documents)
       loop = _Loop(config, mesh, checkpoints, evaluator)
       status = loop.run(state, documents, first_step, folder)
@@ -169,11 +174,13 @@ class _Loop:
         batch = next(batches)
         if step == first_step:
           distributed.barrier('first batch')
+          self._watchdog.begin('compile', 'compiling the step')
           train_step = self._make_step(state, batch.arrays)
           distributed.barrier('compile')
           # Before, a signal ends it at once: there is nothing to save.
           listening.enter_context(self._stop.on_signals())
-          self._began = time.monotonic()
+          # As if it had not been compiled in between.
+          self._clock = self._began = time.monotonic() - batch.seconds
           self._watchdog.begin('step', f'step {step}')
         state, sums = train_step(state, batch.arrays)
         sent = self._exchange.send(self._report(batch))
@@ -183,6 +190,7 @@ class _Loop:
         if self._after(step + 1, state):
           break
       self._checkpoints.wait()
+      journal.begin('end')
     return self._end(step + 1)
 
   def _make_step(self, state: TrainState, batch: dict[str, Any]) -> Any:
@@ -226,13 +234,16 @@ class _Loop:
       report = self._evaluator.run(state.params, visible=False)
       self._writer.write(step, _scalars(report))
       loss = report['nats_per_token']
+      journal.event('evaluation', step=step, seconds=journal.taken())
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
       self._watchdog.begin('save', f'the checkpoint of step {step}')
       distributed.barrier('save')
       self._writer.sync()
+      journal.sync()
       self._checkpoints.save(step, state, config=config, loss=loss)
+      journal.event('save', step=step, seconds=journal.taken())
       self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
     return is_last
@@ -269,6 +280,9 @@ class _Loop:
     }
     self._clock = now
     self._writer.write(step, row)
+    if row['skipped']:
+      names = ('data_digest', 'loss', 'grad_norm')
+      journal.event('skipped', step=step, **{n: row[n] for n in names})
     log_every = self._config.train.log_every
     self._rows = [*self._rows, row][-log_every:]
     self._reports = [*self._reports, reports][-log_every:]
@@ -283,6 +297,7 @@ class _Loop:
       slow = host_reports.slowest(self._reports, recent['seconds_per_step'])
       if slow and jax.process_index() == 0:
         _log.warning('%s', slow)
+        journal.event('slow', step=step, what=slow)
     self._progress.advance(1, note)
 
   def _check_finite(self, step: int, in_a_row: int) -> None:
@@ -305,7 +320,9 @@ class _Loop:
       name = signal.Signals(self._stopping).name
       _say(f'{name}: step {step} is saved; run again to go on')
       asked = self._stopping == signal.SIGINT  # by a person, who restarts it
-      return 128 + signal.SIGINT if asked else RESTART
+      status = 128 + signal.SIGINT if asked else RESTART
+      journal.end(name, status)
+      return status
     rows = [row for row in self._rows if row['seconds']]
     speed = metrics.summarise(rows)['seconds_per_step']
     rate = flops.matmul_rate(self._config.model.dtype, 2048)
@@ -316,6 +333,7 @@ class _Loop:
       f'trained to step {step}; the last steps took {speed:.3g} s each, '
       f'{share:.0%} of the matmul rate ({rate / 1e9:,.0f} GFLOP/s a device)'
     )
+    journal.end('done', 0)
     return 0
 
 

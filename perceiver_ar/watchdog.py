@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Self
 
-from perceiver_ar import distributed
+from perceiver_ar import distributed, journal
 from perceiver_ar.errors import RESTART
 
 _PATIENCE = 10  # times the median
@@ -45,7 +45,7 @@ class Watchdog:
     self._over.set()
 
   def begin(self, kind: str, what: str) -> None:
-    """What was begun before is done.
+    """What was begun before is done; the journal's clock is told, too.
 
     Args:
       kind: of which one takes about as long as another: step, save.
@@ -55,6 +55,7 @@ class Watchdog:
     now = time.monotonic()
     self._taken[before].append(now - since)
     self._now = kind, what, now
+    journal.begin(kind)
 
   def limit(self, kind: str) -> float:
     """The seconds that one of this kind may take now."""
@@ -85,5 +86,6 @@ class Watchdog:
       flush=True,
     )
     faulthandler.dump_traceback(2, all_threads=True)
+    journal.end_at_once(f'hung in {what}', RESTART)
     distributed.leave(RESTART)
     os._exit(RESTART)

@@ -12,6 +12,8 @@ from etils import epath
 from hosts import free_port
 from runs import TINY, wait_until
 
+from perceiver_ar import journal
+
 pytest.importorskip('gcsfs')
 emulator = pytest.importorskip('gcp_storage_emulator.server')
 
@@ -123,6 +125,10 @@ def test_a_bucket_is_as_a_disk(bucket, tmp_path):
     tmp_path, 'checkpoint', 'list', f'--workdir={bucket}'
   )
   assert [path.name for path in (folder / 'tensorboard').iterdir()]
+  ends = [r['reason'] for r in journal.read(bucket) if r['event'] == 'end']
+  assert ends == ['SIGTERM', 'done']
+  assert 'start 2: ' in run(tmp_path, 'report', bucket)
+  assert 'SIGTERM' in (folder / 'report.html').read_text()
   output = 'gs://bucket/out/parameters.safetensors'
   run(
     tmp_path,

@@ -13,7 +13,7 @@ import pytest
 from hosts import ROOT, ends, start_job
 from runs import TINY, damage, final_params, rows, wait_until, write_texts
 
-from perceiver_ar import checkpoint, workdir
+from perceiver_ar import checkpoint, journal, workdir
 from perceiver_ar import config as config_lib
 
 _TRAIN = (
@@ -113,6 +113,10 @@ def test_a_run_goes_on_with_fewer_hosts_after_one_is_asked_to_leave(
   (said,) = assert_all_end(train(tmp_path, processes=1), 0)
   assert f'goes on from step {step} of 60' in said
   assert_same_training(tmp_path, alone)
+  told = [r for r in journal.read(tmp_path) if r['event'] in ('start', 'end')]
+  assert [row['event'] for row in told] == ['start', 'end'] * 2
+  assert 'processes: 2 -> 1' in told[2]['changes']
+  assert [row['reason'] for row in told[1::2]] == ['SIGTERM', 'done']
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips '
-  'roll_call places paths lines',
+  'roll_call places paths lines journal',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping',
   'train_step saved_step checkpoint inspection evaluate sample artifacts',
@@ -29,6 +29,9 @@ _ALSO = {
   ('distributed', 'places'),
   ('distributed', 'roll_call'),
   ('lines', 'paths'),
+  ('journal', 'config'),
+  ('journal', 'distributed'),
+  ('journal', 'lines'),
   ('data', 'paths'),
   ('config', 'config_checks'),
   ('config_checks', 'config'),  # its types

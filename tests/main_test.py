@@ -54,6 +54,7 @@ COMMANDS = {
     '--config',
   ),
   'checkpoint': ('list', 'verify', '--output', '--workdir', '--debug'),
+  'report': ('WORKDIR', '--output', '--debug'),
 }
 
 
@@ -158,6 +159,9 @@ def assert_one_sentence(capsys, named):
     (['sample', '--workdir=x', '--top_k=few'], ['--top_k', 'few']),
     (['checkpoint', 'list', '--workdir=x'], ['x holds no checkpoint']),
     (['checkpoint', 'mend', '--workdir=x'], ['mend', 'verify']),
+    (['report'], ['WORKDIR']),
+    (['report', 'x'], ['x/config.json', 'folder of a run']),
+    (['report', 'x', '--workdir=y'], ['--workdir=y', '--help']),
     (['plan', TINY], ['--topology']),
     (['plan', '--topology=cpu:8'], ['plan needs --config=FILE.py']),
     (['plan', TINY, '--topology=v9:4x4'], ['v9', 'v5p']),
@@ -284,6 +288,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(copied, capsys):
   assert run('train', TINY, f'--workdir={copied}', *words) == 2
   assert 'run again to train from the start' in capsys.readouterr().err
   assert {p.name for p in (copied / 'damaged').iterdir()} == {'4-1', '8-1'}
+
+
+def test_a_report_is_a_page_and_a_few_lines(copied, capsys):
+  before = contents(copied)
+  assert run('report', copied) == 0
+  out = capsys.readouterr().out.splitlines()
+  assert out[0] == 'step 8 of 8' and out[-1] == f'{copied}/report.html'
+  assert any('ended: done' in line for line in out)
+  assert any(line.startswith('goodput ') for line in out)
+  written = contents(copied)
+  assert b'steps that count' in written.pop('report.html')
+  assert written == before
 
 
 def test_a_plan_is_a_page_and_json(tmp_path, capsys):

@@ -23,7 +23,14 @@ from runs import (
   write_texts,
 )
 
-from perceiver_ar import checkpoint, flops, partitioning, train, workdir
+from perceiver_ar import (
+  checkpoint,
+  flops,
+  journal,
+  partitioning,
+  train,
+  workdir,
+)
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import SaveError, UserError
@@ -65,12 +72,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     path = tmp_path / 'killed' / 'metrics.jsonl'
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
+  def num_steps():
+    return sum('split' not in row for row in rows(tmp_path / 'killed'))
+
   whole = begin('whole')  # on the other core
   process, at = begin('killed'), random.randrange(3, 20)
   wait_until(lambda: num_rows() >= at, process)
   process.kill()
   process.communicate()
 
+  done = [num_steps()]
   process, at = begin('killed'), num_rows() + 3
   wait_until(lambda: num_rows() >= at, process)
   process.send_signal(signal.SIGTERM)
@@ -80,14 +91,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
   assert told, out
   assert checkpoint.saved_steps(tmp_path / 'killed')[-1] == int(told[1]) < 80
 
-  process = begin('killed')
+  process, before = begin('killed'), num_steps()
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 0
+  assert before == int(told[1])  # nothing is lost that was asked to end
   assert f'goes on from step {told[1]} of 80' in out
   assert 'trained to step 80' in whole.communicate(timeout=240)[0]
   assert whole.returncode == 0
   config = config_lib.resolve(workdir.read_config(tmp_path / 'whole'))
   assert_same_run(tmp_path / 'killed', tmp_path / 'whole', config)
+  assert_told(journal.read(tmp_path / 'killed'), done)
+
+
+def assert_told(told, done):
+  """The journal has three starts, the first killed after so many steps."""
+  firsts = [i for i, row in enumerate(told) if row['event'] == 'start']
+  spans = [told[i:j] for i, j in itertools.pairwise([*firsts, len(told)])]
+  ends = [[r['reason'] for r in x if r['event'] == 'end'] for x in spans]
+  assert ends == [[], ['SIGTERM'], ['done']]
+  for number, span in zip(done, spans[1:], strict=False):
+    lost = [row['steps'] for row in span if row['event'] == 'lost']
+    more = number - span[0]['first_step']
+    assert lost == ([more] if more else [])
 
 
 def test_every_step_and_every_evaluation_has_a_row(undisturbed):
@@ -130,7 +155,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_costs_only_time(
   assert len(told) == 1
   assert 'step 2 is used instead' in told[0]
   assert (tmp_path / 'damaged' / '4-1').is_dir()
+  (aside,) = events(tmp_path, 'set_aside')
+  assert aside['step'] == 4 and aside['reason'] in told[0]
   assert_training_is_the_same(tmp_path, undisturbed)
+
+
+def events(folder, name):
+  return [row for row in journal.read(folder) if row['event'] == name]
 
 
 def assert_training_is_the_same(one, other):
@@ -188,6 +219,10 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
     error.value
   )
   assert f'the last good checkpoint is step {good}' in str(error.value)
+  assert events(tmp_path, 'end')[-1]['reason'] == str(error.value)
+  assert [
+    (x['step'], x['data_digest']) for x in events(tmp_path, 'skipped')
+  ] == [(row['step'], row['data_digest']) for row in found[-4:]]
   _, params = final_params(tmp_path, config)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 

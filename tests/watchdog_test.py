@@ -9,7 +9,7 @@ import pytest
 from hosts import ends, start_job
 from runs import TINY, wait_until
 
-from perceiver_ar import checkpoint
+from perceiver_ar import checkpoint, journal
 from perceiver_ar.watchdog import Watchdog
 
 _HANGS = """
@@ -58,6 +58,8 @@ def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
   assert "the last barrier was 'save'" in said
   assert 'in hanging' in said and 'most recent call first' in said
   assert checkpoint.saved_steps(tmp_path) == [4]
+  end = journal.read(tmp_path)[-1]
+  assert (end['reason'], end['status']) == ('hung in step 7', 75)
 
 
 @pytest.mark.slow

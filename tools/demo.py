@@ -215,13 +215,14 @@ def _step_of(path: Path) -> int | None:
 def _report(workdir: Path, plan: Plan, seconds: float) -> None:
   from perceiver_ar.report import document
 
-  path = document.write(workdir, plan.all())
+  run = document.read(workdir)
+  path = document.write(run, plan.all(), None)
   report = json.loads((workdir / 'evaluation.json').read_text())
   print()
   if half := report.get('second_half'):
     print(f'second half:   {half["accuracy"]:.4%} right')
   else:
-    found = document.compare(workdir)
+    found = document.compare(run)
     values = [f'{name} {value:.3f}' for name, value in found.values.items()]
     print(f'held out:      {found.unit}: {", ".join(values)}')
   print(

@@ -101,7 +101,9 @@ def bucket_curve(
   return _svg(title.replace(' ', '-'), (3.6, 2.2), draw, title)
 
 
-def bars(values: Mapping[str, float], unit: str) -> str:
+def bars(
+  values: Mapping[str, float], unit: str, label: Callable[[float], str]
+) -> str:
   """Horizontal bars with their values; the first one is ours."""
 
   def draw(axes: Any) -> None:
@@ -109,7 +111,7 @@ def bars(values: Mapping[str, float], unit: str) -> str:
     for bar in drawn[1:]:
       bar.set_alpha(0.5)
     drawn[0].set_color(_ACCENT)
-    axes.bar_label(drawn, fmt='%.3f', padding=4)
+    axes.bar_label(drawn, fmt=label, padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(False)

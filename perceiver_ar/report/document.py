@@ -14,20 +14,27 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import metrics
+from perceiver_ar import journal, metrics, paths
 from perceiver_ar import workdir as workdir_lib
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
-from perceiver_ar.report import charts, comparison, page, samples
+from perceiver_ar.report import (
+  charts,
+  comparison,
+  history,
+  ledger,
+  page,
+  samples,
+  training,
+)
 
 # What the evaluation may hold, its name and how many digits of it are shown.
 _UNITS = {
@@ -36,9 +43,6 @@ _UNITS = {
   'nats_per_event': ('nats per event', 3),
   'word_perplexity': ('perplexity per word', 1),
 }
-# Where a token is one of these, a training loss is given in bits.
-_BITS = {'bytes': 'bits per byte', 'pixels': 'bits per dimension'}
-_MAX_POINTS = 1_000  # of a curve; beyond, a point is the mean of some steps
 _PACKAGES = (
   'perceiver-ar',
   'jax',
@@ -50,50 +54,11 @@ _PACKAGES = (
 )
 
 
-def write(workdir: Path, commands: Sequence[str]) -> Path:
-  """Writes the report and returns where it is.
-
-  Args:
-    workdir: of a run that has at least begun.
-    commands: what made it, as a person would type it.
-
-  Raises:
-    UserError: the workdir is no run's, a file in it is broken, or matplotlib
-      is not installed.
-  """
-  run = _read(workdir)
-  content = page.document(
-    f'Perceiver AR: {workdir.resolve().name}',
-    _headline(run),
-    _comparison(run),
-    _buckets(run),
-    _training(run),
-    _samples(run),
-    _settings(run),
-    _origin(commands),
-  )
-  path = workdir / 'report.html'
-  temporary = workdir / 'report.html.tmp'
-  temporary.write_text(content, encoding='utf-8')
-  temporary.replace(path)
-  return path
-
-
-def compare(workdir: Path) -> comparison.Comparison:
-  """The model and simple codes, on the same held-out data.
-
-  Raises:
-    UserError: there is no evaluation, or its data cannot be had any more.
-  """
-  run = _read(workdir)
-  if run.evaluation is None:
-    raise UserError(_no_evaluation(workdir))
-  return comparison.compare(run.config, run.evaluation)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Run:
-  workdir: Path
+class Run:
+  """What is known of a run."""
+
+  workdir: epath.Path
   config: Config
   num_parameters: int
   codec_kind: str
@@ -101,14 +66,21 @@ class _Run:
   evaluations: list[metrics.Row]  # during training
   evaluation: dict[str, Any] | None
   samples: dict[str, Any] | None
+  ledger: ledger.Ledger | None
 
 
-def _read(workdir: Path) -> _Run:
+def read(workdir: epath.PathLike) -> Run:
+  """What the workdir holds by now; nothing is changed in it.
+
+  Raises:
+    UserError: the workdir is no run's, or a file in it is broken.
+  """
+  workdir = epath.Path(workdir)
   steps, evaluations = [], []
   if (workdir / 'metrics.jsonl').exists():
     steps, evaluations = metrics.read(workdir)
   config = config_lib.resolve(workdir_lib.read_config(workdir))
-  return _Run(
+  return Run(
     workdir=workdir,
     config=config,
     num_parameters=num_parameters(config.model),
@@ -117,10 +89,63 @@ def _read(workdir: Path) -> _Run:
     evaluations=evaluations,
     evaluation=_read_json(workdir / 'evaluation.json', 'evaluate'),
     samples=_read_json(workdir / 'samples' / 'samples.json', 'sample'),
+    ledger=ledger.make(journal.read(workdir), steps),
   )
 
 
-def _read_json(path: Path, command: str) -> dict[str, Any] | None:
+def write(
+  run: Run, commands: Sequence[str], output: epath.PathLike | None
+) -> epath.Path:
+  """Writes the report and returns where it is.
+
+  Args:
+    run: that has at least begun; it may go on meanwhile.
+    commands: what made it, as a person would type it.
+    output: another place than WORKDIR/report.html.
+
+  Raises:
+    UserError: a file that the workdir names is missing, or matplotlib is not
+      installed.
+  """
+  content = page.document(
+    f'Perceiver AR: {paths.absolute(run.workdir).name}',
+    _headline(run),
+    _comparison(run),
+    _buckets(run),
+    training.section(run.steps, run.evaluations, run.codec_kind),
+    history.section(run.ledger),
+    _samples(run),
+    _settings(run),
+    _origin(commands, run.ledger),
+  )
+  path = epath.Path(output or run.workdir / 'report.html')
+  temporary = path.parent / f'{path.name}.tmp'
+  temporary.write_text(content, encoding='utf-8')
+  temporary.replace(path)
+  return path
+
+
+def describe(run: Run) -> list[str]:
+  """The run in a few lines."""
+  done = run.steps[-1]['step'] + 1 if run.steps else 0
+  told = f'step {done:,} of {run.config.train.num_steps:,}'
+  if run.ledger is None:
+    return [told, history.MISSING]
+  return [told, *ledger.describe(run.ledger)]
+
+
+def compare(run: Run) -> comparison.Comparison:
+  """The model and simple codes, on the same held-out data.
+
+  Raises:
+    UserError: there is no evaluation, or its data cannot be had any more.
+  """
+  if run.evaluation is None:
+    raise UserError(_no_evaluation(run.workdir))
+  return comparison.compare(run.config, run.evaluation)
+
+
+def _read_json(path: epath.Path, command: str) -> dict[str, Any] | None:
   try:
     return json.loads(path.read_text())
   except FileNotFoundError:
@@ -131,14 +156,14 @@ def _read_json(path: Path, command: str) -> dict[str, Any] | None:
     ) from error
 
 
-def _no_evaluation(workdir: Path) -> str:
+def _no_evaluation(workdir: epath.Path) -> str:
   return (
     'nothing is evaluated yet; run perceiver-ar evaluate '
     f'--workdir={shlex.quote(str(workdir))}'
   )
 
 
-def _headline(run: _Run) -> str:
+def _headline(run: Run) -> str:
   """The few numbers that most people look for."""
   tiles = []
   if report := run.evaluation:
@@ -157,10 +182,13 @@ def _headline(run: _Run) -> str:
     seconds = sum(row['seconds'] for row in run.steps)
     tiles.append((f'{run.steps[-1]["step"] + 1:,}', 'training steps'))
     tiles.append((page.duration(seconds), 'of training'))
+  if run.ledger:
+    share = f'{run.ledger.goodput:.1%}'
+    tiles.append((share, 'goodput: time in steps that count'))
   return f'{page.tiles(tiles)}\n{_evaluated(run)}'
 
 
-def _evaluated(run: _Run) -> str:
+def _evaluated(run: Run) -> str:
   report = run.evaluation
   if report is None:
     return page.missing(_no_evaluation(run.workdir))
@@ -186,7 +214,7 @@ def _with_error(report: Mapping[str, Any], key: str, digits: int) -> str:
   return text if error is None else f'{text} <i>± {error:,.{digits}f}</i>'
 
 
-def _comparison(run: _Run) -> str:
+def _comparison(run: Run) -> str:
   report = run.evaluation
   if report is None or report['kind'] == 'copy':
     return ''
@@ -205,13 +233,13 @@ def _comparison(run: _Run) -> str:
   total = 'bytes in all' if is_bits else 'nats in all'
   return page.section(
     found.title,
-    page.figure(charts.bars(found.values, found.unit)),
+    page.figure(charts.bars(found.values, found.unit, '{:.3f}'.format)),
     page.numbers((found.unit, total), rows),
     page.note(found.note),
   )
 
 
-def _buckets(run: _Run) -> str:
+def _buckets(run: Run) -> str:
   """How the loss falls with context, and with the depth of latents."""
   report = run.evaluation
   if report is None:
@@ -229,78 +257,7 @@ def _buckets(run: _Run) -> str:
   )
 
 
-def _training(run: _Run) -> str:
-  if not run.steps:
-    return page.section(
-      'Training', page.missing('No training step is logged yet.')
-    )
-  unit, scale = 'nats per token', 1.0
-  if run.codec_kind in _BITS:
-    unit, scale = _BITS[run.codec_kind], 1 / math.log(2)
-  raw, window, smooth = _loss_points(run.steps, scale)
-  evaluations = (
-    np.array([row['step'] for row in run.evaluations]),
-    np.array([row['nats_per_token'] * scale for row in run.evaluations]),
-  )
-  steps, thinned = _thin(run.steps)
-  small = [
-    charts.small_curve(title, (steps, _column(thinned, key)), is_log)
-    for title, key, is_log in (
-      ('learning rate', 'learning_rate', False),
-      ('gradient norm', 'grad_norm', True),
-    )
-  ]
-  num_targets = sum(row['num_targets'] for row in run.steps)
-  return page.section(
-    'Training',
-    page.figure(charts.loss_curve(raw, smooth, evaluations, unit)),
-    f'<div class="small">{"".join(map(page.figure, small))}</div>',
-    page.note(
-      f'{num_targets:,} targets in {len(run.steps):,} steps. The thick line is '
-      f'the mean of {window:,} steps; a steep beginning may run out of the '
-      'frame. The gradient norm is that before clipping.'
-    ),
-  )
-
-
-def _loss_points(
-  rows: Sequence[metrics.Row], scale: float
-) -> tuple[charts.Points, int, charts.Points]:
-  """The loss as it is, how many steps are in a mean, and those means."""
-  steps, thinned = _thin(rows)
-  loss = _column(thinned, 'loss') * scale
-  weights = _column(thinned, 'num_targets') * np.isfinite(loss)
-  total = np.cumsum(np.append(0, np.nan_to_num(loss) * weights))
-  count = np.cumsum(np.append(0, weights))
-  half = len(loss) // 80
-  at = np.arange(len(loss))
-  first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(loss))
-  counts = count[last] - count[first]
-  smooth = (total[last] - total[first]) / np.where(counts > 0, counts, np.nan)
-  num_steps = (2 * half + 1) * math.ceil(len(rows) / len(thinned))
-  return (steps, loss), num_steps, (steps, smooth)
-
-
-def _thin(
-  rows: Sequence[metrics.Row],
-) -> tuple[np.ndarray, list[dict[str, float]]]:
-  """At most so many rows as a curve can show, each the mean of a few steps."""
-  size = math.ceil(len(rows) / _MAX_POINTS)
-  groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-  steps = np.array([group[-1]['step'] for group in groups])
-  return steps, [metrics.summarise(group) | _targets(group) for group in groups]
-
-
-def _targets(rows: Sequence[metrics.Row]) -> dict[str, float]:
-  return {'num_targets': sum(row['num_targets'] for row in rows)}
-
-
-def _column(rows: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
-  values = np.array([row[key] for row in rows], np.float64)
-  return np.where(np.isfinite(values), values, np.nan)
-
-
-def _samples(run: _Run) -> str:
+def _samples(run: Run) -> str:
   about = run.samples
   if about is None:
     return page.section(
@@ -317,7 +274,7 @@ def _samples(run: _Run) -> str:
   return samples.section(run.workdir / 'samples', about)
 
 
-def _settings(run: _Run) -> str:
+def _settings(run: Run) -> str:
   model, train = run.config.model, run.config.train
   rows = [
     ('parameters', f'{run.num_parameters:,}'),
@@ -362,7 +319,7 @@ def num_parameters(config: ModelConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _origin(commands: Sequence[str]) -> str:
+def _origin(commands: Sequence[str], account: ledger.Ledger | None) -> str:
   versions = [('Python', platform.python_version())]
   versions += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
   rows = [
@@ -370,8 +327,13 @@ def _origin(commands: Sequence[str]) -> str:
     ('on', f'{platform.platform()}, {os.cpu_count()} cores'),
     ('with', ', '.join(f'{name} {number}' for name, number in versions)),
   ]
+  if account:
+    last = account.starts[-1].row
+    software = [f'{name} {value}' for name, value in last['software'].items()]
+    rows.append(('trained with', ', '.join(software)))
+    commands = commands or [last['command']]
   return page.section(
     'How it was made',
-    page.verbatim('\n'.join(commands)),
+    page.verbatim('\n'.join(commands)) if commands else '',
     page.facts(rows),
   )

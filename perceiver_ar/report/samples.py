@@ -2,14 +2,15 @@
 
 import base64
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from perceiver_ar.errors import UserError
 from perceiver_ar.report import page
 
 
-def section(folder: Path, about: Mapping[str, Any]) -> str:
+def section(folder: epath.Path, about: Mapping[str, Any]) -> str:
   """All samples of a folder, as its samples.json tells.
 
   Raises:
@@ -50,7 +51,7 @@ def _repairs(about: Mapping[str, Any]) -> str:
   return f', {number:,} repairs' if number else ''
 
 
-def _grid(path: Path, about: Mapping[str, Any]) -> str:
+def _grid(path: epath.Path, about: Mapping[str, Any]) -> str:
   per_prompt = len(about['samples']) // len(about['prompts'])
   columns = [f'{per_prompt} samples']
   if 'file' in about['prompts'][0]:
@@ -63,7 +64,9 @@ def _grid(path: Path, about: Mapping[str, Any]) -> str:
   )
 
 
-def _artifact(folder: Path, about: Mapping[str, Any], title: str) -> list[str]:
+def _artifact(
+  folder: epath.Path, about: Mapping[str, Any], title: str
+) -> list[str]:
   path = folder / about['file']
   heading = page.heading(path.name, title)
   if path.suffix == '.png':
@@ -79,14 +82,14 @@ def _artifact(folder: Path, about: Mapping[str, Any], title: str) -> list[str]:
   return parts
 
 
-def _picture(path: Path) -> str:
+def _picture(path: epath.Path) -> str:
   data = base64.b64encode(_read(path)).decode()
   return page.figure(
     f'<img src="data:image/png;base64,{data}" alt="{page.escape(path.name)}">'
   )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: epath.Path) -> bytes:
   try:
     return path.read_bytes()
   except FileNotFoundError as error:

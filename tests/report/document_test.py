@@ -9,12 +9,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runs import contents
 from tiny import make_config, make_params
 
 from perceiver_ar import workdir
 from perceiver_ar.data import layouts, pipeline, text, writer
 from perceiver_ar.errors import UserError
-from perceiver_ar.report import baselines, charts, document
+from perceiver_ar.report import baselines, charts, document, training
 
 TEXTS = [
   f'Book {i}: ' + 'the sea, the whale & the <sea>. ' * (i + 3) for i in range(5)
@@ -110,6 +111,24 @@ def sample(run, texts):
   (folder / 'samples.json').write_text(json.dumps(about))
 
 
+START = {
+  'event': 'start',
+  'time': 1002.0,
+  'began': 1000.0,
+  'first_step': 0,
+  'command': 'perceiver-ar train --workdir="a & b"',
+  'changes': ['data.path: <a> -> <b>'],
+  'software': {'jax': '<0.1>', 'code': 'abc'},
+  'place': {'processes': 2, 'devices': '8 x <v5p>'},
+}
+
+
+def keep_journal(run, *events):
+  seconds = {'event': 'seconds', 'time': 1010.0, 'start': 10.0}
+  lines = [json.dumps(row) + '\n' for row in (START, seconds, *events)]
+  (run / 'journal.jsonl').write_text(''.join(lines))
+
+
 class Page(html.parser.HTMLParser):
   """The tags, the attributes and the verbatim texts of a page."""
 
@@ -135,7 +154,9 @@ class Page(html.parser.HTMLParser):
 
 
 def write(run):
-  return document.write(run, COMMANDS).read_text(encoding='utf-8')
+  return document.write(document.read(run), COMMANDS, None).read_text(
+    encoding='utf-8'
+  )
 
 
 def write_all(run):
@@ -168,7 +189,7 @@ def test_everything_is_escaped(run):
 def test_charts_on_one_page_do_not_share_ids(run):
   page = Page(write_all(run))
   ids = [value for name, value in page.attributes if name == 'id']
-  assert page.tags.count('svg') == 6
+  assert page.tags.count('svg') == 8
   assert len(ids) == len(set(ids))
   refs = {value for name, value in page.attributes if name == 'href'}
   refs |= {
@@ -190,7 +211,7 @@ def test_compressors_get_the_very_bytes_that_were_evaluated(run):
   for chosen in (range(5), [0, 2], [0]):
     evaluate(run, chosen)
     data = ''.join(TEXTS[i] for i in chosen).encode()
-    bits = document.compare(run).values
+    bits = document.compare(document.read(run)).values
     assert next(iter(bits.values())) == 1.984
     assert bits['xz -9'] == 8 * len(lzma.compress(data, preset=9)) / len(data)
     assert f'{bits["gzip -9"]:.3f}' in write(run)
@@ -200,7 +221,7 @@ def test_other_bytes_are_not_compared(run):
   evaluate(run, range(5))
   prepare(run.parent / 'data', TEXTS[1:])
   with pytest.raises(UserError, match='evaluate again'):
-    document.compare(run)
+    document.compare(document.read(run))
   assert 'comparison is left out' in (content := write(run))
   assert '1.984' in content and 'xz' not in content
 
@@ -220,7 +241,8 @@ def test_what_is_not_there_yet_is_named(run):
   ):
     assert missing in content
   with pytest.raises(UserError, match='perceiver-ar evaluate'):
-    document.compare(run)
+    document.compare(document.read(run))
+  keep_journal(run)
   assert 'class="missing"' not in write_all(run)
 
 
@@ -260,7 +282,7 @@ def test_thinning_keeps_every_step(num_steps):
     | {'grad_norm': 1.0, 'learning_rate': 1.0, 'seconds': 1.0}
     for i in range(num_steps)
   ]
-  steps, thinned = document._thin(rows)
+  steps, thinned = training.thin(rows)
   assert len(thinned) == len(steps) <= 1_000 and steps[-1] == num_steps - 1
   count = lambda some: sum(row['num_targets'] for row in some)
   total = lambda some: sum(row['loss'] * row['num_targets'] for row in some)
@@ -282,7 +304,7 @@ def test_a_broken_file_is_named(run):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(UserError, match='folder of a run'):
-    document.write(tmp_path, [])
+    document.read(tmp_path)
 
 
 def test_a_missing_sample_is_named(run):
@@ -349,3 +371,56 @@ def test_pictures_are_in_the_page_and_sounds_beside_it(run):
   assert len(sources) == 3 and sources[2] == 'samples/sample-0.wav'
   assert all(s.startswith('data:image/png;base64,') for s in sources[:2])
   assert '2 repairs' in content and 'samples/sample-0.mid' in content
+
+
+def test_the_journal_of_a_run_that_goes_on_is_on_the_page(run):
+  train(run, 60)
+  spike = {'event': 'spike', 'time': 1011.0, 'loss': 'NaN', 'name': '<i>x</i>'}
+  keep_journal(run, spike)
+  with (run / 'journal.jsonl').open('a') as file:
+    file.write('{"event": "torn", "ti')
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 60, "lo')
+  before = contents(run)
+  content = document.write(document.read(run), [], None).read_text()
+  written = contents(run)
+  assert written.pop('report.html').decode() == content
+  assert written == before
+  # 10 s of starting, and 60 steps of half a second.
+  assert '75.0%' in content and 'goes on, or was killed' in content
+  assert 'spike: loss NaN, name &lt;i&gt;x&lt;/i&gt;' in content
+  assert '8 x &lt;v5p&gt;' in content and 'data.path: &lt;a&gt;' in content
+  page = Page(content)
+  assert not {'i>x', 'a', 'b>', 'v5p'} & set(page.tags)
+  assert START['command'] in page.verbatim[-1]
+  assert 'torn' not in content
+
+
+def test_a_page_may_lie_elsewhere(run, tmp_path):
+  before = contents(run)
+  path = document.write(document.read(run), [], tmp_path / 'page.html')
+  assert path == tmp_path / 'page.html' and path.exists()
+  assert contents(run) == before
+
+
+def test_many_events_do_not_make_a_long_page(run):
+  some = [{'event': 'skipped', 'time': 2e3, 'step': i} for i in range(3_000)]
+  keep_journal(run, *some)
+  content = write(run)
+  assert '3,000, the last 100 of them' in content
+  assert content.count('skipped: step') == 100
+
+
+def test_the_host_that_waits_most_is_named(run):
+  train(run, 60)
+  assert 'waiting for data' not in write(run)
+  path = run / 'metrics.jsonl'
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  # One host more since the middle.
+  for row in rows[:-1]:
+    more = [0.5] if row['step'] >= 30 else []
+    row['data_wait'] = [0.0, 0.1, *more]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  content = write(run)
+  assert 'waiting for data, %' in content
+  assert 'Of 3 processes, 2 waited most for data: 50.0%' in content

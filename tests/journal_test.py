@@ -1,0 +1,294 @@
+"""The journal knows of every start and end, and where the seconds went."""
+
+import json
+import math
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+from runs import compiled_once, contents, copy_config, rows
+from tiny import make_config
+
+from perceiver_ar import (
+  checkpoint,
+  flops,
+  journal,
+  lines,
+  partitioning,
+  paths,
+  train,
+)
+from perceiver_ar.errors import UserError
+from perceiver_ar.report import document
+
+__all__ = ['compiled_once']
+
+_DEVICE = types.SimpleNamespace(process_index=0, device_kind='cpu')
+_MESH = types.SimpleNamespace(devices=np.array([_DEVICE, _DEVICE]))
+
+
+@pytest.fixture(scope='module')
+def ended(tmp_path_factory):
+  """A run that failed in its sixth step, and went on; what both took."""
+  folder, took, check = (
+    tmp_path_factory.mktemp('ended'),
+    [],
+    checkpoint.Checkpoints.check,
+  )
+  make_mesh = partitioning.make_mesh
+
+  def fail(self):
+    check(self)
+    path = folder / 'metrics.jsonl'
+    if path.exists() and path.read_bytes().count(b'\n') == 6:  # one is not a
+      raise RuntimeError('out of <luck>')  # step's
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
+    one = lambda config, devices: make_mesh(config, devices[:1])
+    patch.setattr(partitioning, 'make_mesh', one)
+    for num_steps, what in ((6, fail), (8, check)):
+      patch.setattr(checkpoint.Checkpoints, 'check', what)
+      began = time.monotonic()
+      config = copy_config(train__num_steps=num_steps)
+      if what is fail:
+        with pytest.raises(RuntimeError, match='luck'):
+          train.train_and_evaluate(config, folder)
+      else:
+        train.train_and_evaluate(config, folder)
+      took.append(time.monotonic() - began)
+  return folder, took
+
+
+def of(kind, some):
+  return [row for row in some if row['event'] == kind]
+
+
+def write(folder, name, **facts):
+  """A start of a run, and an event of it."""
+  with journal.kept(folder, 0):
+    journal.start(make_config({}), _MESH, 0)
+    journal.event(name, **facts)
+
+
+def test_a_run_that_goes_on_tells_of_both_starts(ended):
+  told = journal.read(ended[0])
+  first, second = of('start', told)
+  assert (first['first_step'], second['first_step']) == (0, 4)
+  assert first['config']['train']['num_steps'] == 6
+  assert (first['changes'], second['changes']) == (
+    [],
+    ['train.num_steps: 6 -> 8'],
+  )
+  assert set(first['software']) >= {'python', 'jax', 'code'}
+  assert first['place'] == {'processes': 1, 'devices': '1 x cpu'}
+  ends = [(row['reason'], row['status']) for row in of('end', told)]
+  assert ends == [('RuntimeError: out of <luck>', 1), ('done', 0)]
+  assert told[-1]['event'] == 'end'
+  assert [row['step'] for row in of('save', told)] == [2, 4, 6, 8]
+  assert [row['step'] for row in of('evaluation', told)] == [3, 6, 8]
+
+
+def test_steps_that_are_done_again_are_lost(ended):
+  told = journal.read(ended[0])
+  (lost,) = of('lost', told)
+  assert lost['steps'] == 1 and lost['seconds'] > 0
+  assert told.index(lost) > told.index(of('start', told)[1])
+
+
+def test_the_seconds_add_up(ended):
+  folder, took = ended
+  told = journal.read(folder)
+  starts = [i for i, row in enumerate(told) if row['event'] == 'start']
+  for whole, some in zip(
+    took, (told[: starts[1]], told[starts[1] :]), strict=True
+  ):
+    last = of('seconds', some)[-1]
+    kinds = {k: v for k, v in last.items() if k not in ('time', 'at', 'event')}
+    assert set(kinds) >= {'start', 'compile', 'data', 'step', 'save'}
+    assert all(value >= 0 for value in kinds.values())
+    # Before: data and config are opened; after: arrays are let go.
+    assert 0.7 * whole < sum(kinds.values()) <= whole + 0.1
+    assert some[0]['began'] + sum(kinds.values()) == pytest.approx(
+      some[-1]['time'], abs=0.05
+    )
+  steps = [row['seconds'] for row in rows_with_times(folder)][4:]
+  assert kinds['step'] + kinds['data'] == pytest.approx(sum(steps), rel=0.3)
+
+
+def rows_with_times(folder):
+  parsed = [
+    json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()
+  ]
+  return [row for row in parsed if 'split' not in row]
+
+
+def test_compiling_is_no_part_of_the_first_step(ended):
+  folder, _ = ended
+  told = of('seconds', journal.read(folder))[-1]
+  assert rows_with_times(folder)[4]['seconds'] < told['compile']
+  assert all(max(r['data_wait']) <= 1 for r in rows_with_times(folder))
+
+
+def test_the_whole_run_is_accounted_for(ended):
+  account = document.read(ended[0]).ledger
+  assert account is not None
+  assert sum(account.seconds.values()) == pytest.approx(account.wall, rel=0.01)
+  assert 0 < account.goodput < 1 and account.seconds['lost'] > 0
+  # What is known of both leaves little for the time between them.
+  assert account.seconds['down'] < 0.3 * account.wall
+
+
+def test_what_was_torn_off_is_dropped_and_the_rest_kept(tmp_path):
+  write(tmp_path, 'one')
+  path = tmp_path / 'journal.jsonl'
+  before = path.read_bytes()
+  path.write_bytes(before + b'{"time": 12, "eve')
+  events = [row['event'] for row in journal.read(tmp_path)]
+  assert events == ['start', 'one']
+  assert path.read_bytes() == before + b'{"time": 12, "eve'
+  write(tmp_path, 'two')
+  assert path.read_bytes().startswith(before)
+  events += ['start', 'two']
+  assert [row['event'] for row in journal.read(tmp_path)] == events
+
+
+def test_a_line_that_was_damaged_is_named(tmp_path):
+  write(tmp_path, 'one')
+  path = tmp_path / 'journal.jsonl'
+  path.write_bytes(b'\0\n' + path.read_bytes())
+  with pytest.raises(UserError, match=r'journal\.jsonl line 1 is not'):
+    journal.read(tmp_path)
+
+
+def test_any_fact_is_written_and_read(tmp_path):
+  write(tmp_path, 'spike', loss=math.nan, rows=(1, np.int64(2)), which=None)
+  spike = journal.read(tmp_path)[-1]
+  assert (spike['loss'], spike['rows'], spike['which']) == ('NaN', [1, 2], None)
+  assert spike['time'] == pytest.approx(time.time(), abs=60)
+
+
+def test_process_0_alone_writes_and_nobody_without_a_run(tmp_path):
+  with journal.kept(tmp_path, 1):
+    journal.start(make_config({}), _MESH, 0)
+    journal.event('one')
+    journal.end('done', 0)
+  with journal.kept(tmp_path, 0):
+    pass  # there was nothing to do
+  journal.event('two')
+  journal.begin('step')
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_happens_before_the_start_comes_after_it(tmp_path):
+  with journal.kept(tmp_path, 0):
+    journal.event('set_aside', step=4, reason='cut short')
+    journal.start(make_config({}), _MESH, 2)
+    journal.event('lost', steps=2, seconds=1.0)
+  events = [row['event'] for row in journal.read(tmp_path)]
+  assert events == ['start', 'set_aside', 'lost']
+
+
+def test_what_happens_is_kept_if_it_never_starts(tmp_path):
+  with pytest.raises(UserError), journal.kept(tmp_path, 0):
+    journal.event('set_aside', step=4, reason='cut short')
+    raise UserError('every checkpoint was damaged')
+  assert [row['event'] for row in journal.read(tmp_path)] == ['set_aside']
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason', 'status'),
+  [
+    (UserError('no data; buy some'), 'no data; buy some', 2),
+    (KeyboardInterrupt(), 'SIGINT', 130),
+    (ZeroDivisionError('by <0>'), 'ZeroDivisionError: by <0>', 1),
+  ],
+)
+def test_an_error_is_the_reason_of_the_end(tmp_path, error, reason, status):
+  with pytest.raises(type(error)), journal.kept(tmp_path, 0):
+    journal.start(make_config({}), _MESH, 0)
+    raise error
+  last = journal.read(tmp_path)[-1]
+  assert (last['event'], last['reason'], last['status']) == (
+    'end',
+    reason,
+    status,
+  )
+
+
+def test_the_first_word_about_the_end_is_the_last(tmp_path):
+  with pytest.raises(RuntimeError), journal.kept(tmp_path, 0):
+    journal.start(make_config({}), _MESH, 0)
+    journal.end_at_once('hung in step 7', 75)
+    journal.event('too late')
+    raise RuntimeError
+  told = journal.read(tmp_path)
+  assert [row['event'] for row in told] == ['start', 'seconds', 'end']
+  assert (told[-1]['reason'], told[-1]['status']) == ('hung in step 7', 75)
+
+
+def test_a_file_system_that_hangs_holds_up_no_last_word(tmp_path, monkeypatch):
+  over = threading.Event()
+  monkeypatch.setattr(journal, '_LAST_SECONDS', 0.1)
+  with journal.kept(tmp_path, 0):
+    journal.start(make_config({}), _MESH, 0)
+    with monkeypatch.context() as patch:
+      patch.setattr(lines.Appender, 'write', lambda *args: over.wait(60))
+      began = time.monotonic()
+      journal.end_at_once('hung', 75)
+      assert time.monotonic() - began < 10
+    over.set()
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+  def fail(*args):
+    raise OSError(28, 'No space left on device')
+
+  with pytest.raises(UserError, match='the reason'):  # noqa: SIM117
+    with journal.kept(tmp_path, 0):
+      journal.start(make_config({}), _MESH, 0)
+      monkeypatch.setattr(lines.Appender, 'write', fail)
+      raise UserError('the reason')
+
+
+def test_seconds_are_told_every_minute_of_steps(tmp_path, monkeypatch):
+  now = [1000.0]
+  monkeypatch.setattr(journal.time, 'monotonic', lambda: now[0])
+  with journal.kept(tmp_path, 0):
+    journal.start(make_config({}), _MESH, 0)
+    for step in range(100):
+      journal.begin('step')
+      now[0] += 1
+      if step == 50:
+        journal.spent('data', 0.25)
+        assert journal.taken() == 0.75
+  told = of('seconds', journal.read(tmp_path))
+  assert [row['step'] for row in told] == [0.0, 60.75]
+  assert told[1]['data'] == 0.25
+
+
+def test_a_bucket_has_the_start_at_once_and_the_rest_with_the_metrics(
+  tmp_path, monkeypatch
+):
+  """Nothing can be appended there."""
+  monkeypatch.setattr(paths, 'is_bucket', lambda path: True)
+  events = lambda: [row['event'] for row in journal.read(tmp_path)]
+  with journal.kept(tmp_path, 0):
+    journal.start(make_config({}), _MESH, 0)
+    assert events() == ['start']
+    journal.event('one')
+    assert events() == ['start']
+    journal.sync()
+    assert events() == ['start', 'one']
+    journal.end('done', 0)
+    assert events() == ['start', 'one', 'seconds', 'end']
+
+
+def test_reading_changes_nothing(ended):
+  before = contents(ended[0])
+  journal.read(ended[0])
+  document.read(ended[0])
+  assert contents(ended[0]) == before
+  assert rows(ended[0])
