@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
+import platform
 import shlex
 import sys
 import threading
@@ -127,6 +129,7 @@ def start(config: Config, mesh: Any, first_step: int) -> None:
     'place': {
       'processes': len({device.process_index for device in devices}),
       'devices': f'{len(devices)} x {devices[0].device_kind}',
+      'host': f'{platform.platform()}, {os.cpu_count()} cores',
     },
   }
   facts = json.loads(json.dumps(facts))  # as it will be read

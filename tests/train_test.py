@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import signal
+import time
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from perceiver_ar import (
   checkpoint,
   flops,
   journal,
+  metrics,
   partitioning,
   train,
   workdir,
@@ -34,6 +36,7 @@ from perceiver_ar import (
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import SaveError, UserError
+from perceiver_ar.report import document
 
 __all__ = ['compiled_once']
 
@@ -150,7 +153,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_costs_only_time(
 ):
   train.train_and_evaluate(copy_config(train__num_steps=4), tmp_path)
   damage(tmp_path, 4, how)
+  began = time.monotonic()
   assert train.train_and_evaluate(copy_config(), tmp_path) == 0
+  assert_accounted(tmp_path, time.monotonic() - began)
   told = [r.getMessage() for r in caplog.records if 'damaged' in r.getMessage()]
   assert len(told) == 1
   assert 'step 2 is used instead' in told[0]
@@ -158,6 +163,39 @@ def test_a_damaged_checkpoint_is_set_aside_and_costs_only_time(
   (aside,) = events(tmp_path, 'set_aside')
   assert aside['step'] == 4 and aside['reason'] in told[0]
   assert_training_is_the_same(tmp_path, undisturbed)
+
+
+def assert_accounted(folder, took):
+  """The journal of a run that went on from step 2 after it had done 4."""
+  told = journal.read(folder)
+  first, second = events(folder, 'start')
+  assert (first['first_step'], second['first_step']) == (0, 2)
+  assert first['config']['train']['num_steps'] == 4
+  assert second['changes'] == ['train.num_steps: 4 -> 6']
+  assert set(first['software']) >= {'python', 'jax', 'code'}
+  assert first['place']['devices'] == '1 x cpu'
+  assert [row['reason'] for row in events(folder, 'end')] == ['done'] * 2
+  assert [row['step'] for row in events(folder, 'save')] == [2, 4, 4, 6]
+  assert [row['step'] for row in events(folder, 'evaluation')] == [3, 4, 3, 6]
+  (lost,) = events(folder, 'lost')
+  assert lost['steps'] == 2 and told.index(lost) > told.index(second)
+  seconds = {
+    k: v
+    for k, v in events(folder, 'seconds')[-1].items()
+    if k not in ('time', 'at', 'event')
+  }
+  assert min(seconds.values()) >= 0
+  # Data and config are opened before; arrays are let go after.
+  assert 0.7 * took < sum(seconds.values()) <= took + 0.1
+  whole = second['began'] + sum(seconds.values())
+  assert whole == pytest.approx(told[-1]['time'], abs=0.1)
+  steps = metrics.read(folder)[0][2:]
+  assert steps[0]['seconds'] < seconds['compile']  # which is no part of it
+  known = seconds['step'] + seconds['data']
+  assert sum(row['seconds'] for row in steps) == pytest.approx(known, 0.3, 0.2)
+  account = document.read(folder).ledger
+  assert account and 0 < account.goodput < 1 and account.seconds['lost'] > 0
+  assert sum(account.seconds.values()) == pytest.approx(account.wall, rel=0.01)
 
 
 def events(folder, name):

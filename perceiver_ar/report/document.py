@@ -320,18 +320,19 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def _origin(commands: Sequence[str], account: ledger.Ledger | None) -> str:
-  versions = [('Python', platform.python_version())]
-  versions += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
-  rows = [
-    ('written', datetime.datetime.now().isoformat(' ', 'minutes')),
-    ('on', f'{platform.platform()}, {os.cpu_count()} cores'),
-    ('with', ', '.join(f'{name} {number}' for name, number in versions)),
-  ]
   if account:
     last = account.starts[-1].row
-    software = [f'{name} {value}' for name, value in last['software'].items()]
-    rows.append(('trained with', ', '.join(software)))
-    commands = commands or [last['command']]
+    place = f'{last["place"]["devices"]}, {last["place"]["host"]}'
+    versions, commands = last['software'], commands or [last['command']]
+  else:  # it is not known: most likely here
+    place = f'{platform.platform()}, {os.cpu_count()} cores'
+    versions = {'python': platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+  rows = [
+    ('written', datetime.datetime.now().isoformat(' ', 'minutes')),
+    ('on', place),
+    ('with', ', '.join(f'{name} {x}' for name, x in versions.items())),
+  ]
   return page.section(
     'How it was made',
     page.verbatim('\n'.join(commands)) if commands else '',

@@ -53,6 +53,7 @@ th, td {
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere;
 }
 th { font-weight: normal; color: var(--muted); }
+.facts th { white-space: nowrap; }
 .numbers td, .numbers tr:first-child th { text-align: right; }
 .numbers tr:nth-child(2) > * { color: var(--ink); font-weight: 600; }
 pre {

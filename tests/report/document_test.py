@@ -119,7 +119,7 @@ START = {
   'command': 'perceiver-ar train --workdir="a & b"',
   'changes': ['data.path: <a> -> <b>'],
   'software': {'jax': '<0.1>', 'code': 'abc'},
-  'place': {'processes': 2, 'devices': '8 x <v5p>'},
+  'place': {'processes': 2, 'devices': '8 x <v5p>', 'host': 'Linux'},
 }
 
 
