@@ -4,6 +4,7 @@ A bucket (gs://...) knows no appending: there a file is written as a whole, when
 it is asked for. What a crash tore off at the end is as if never written.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from perceiver_ar import paths
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 
 Row: TypeAlias = dict[str, Any]
 
@@ -37,8 +38,15 @@ class Appender:
     self._file = path.open('ab' if kept else 'wb')
 
   def write(self, row: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps(row, allow_nan=False).encode() + b'\n')
-    self._file.flush()
+    """Raises SaveError where it cannot: its disk is full."""
+    try:
+      self._file.write(json.dumps(row, allow_nan=False).encode() + b'\n')
+      self._file.flush()
+    except OSError as error:
+      raise SaveError(
+        f'{self._path} cannot be written ({error.strerror or error}); make '
+        'room there or mend the storage, and run again'
+      ) from error
 
   def sync(self) -> None:
     """What is written is in the file, in a bucket too."""
@@ -47,7 +55,8 @@ class Appender:
 
   def close(self) -> None:
     self.sync()
-    self._file.close()
+    with contextlib.suppress(OSError):  # what `write` has said
+      self._file.close()
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   absl_logging.set_verbosity('warning')
+  absl_logging.get_absl_logger().addFilter(_shorten)
   with stopping.restarted_on_sigterm():
     status = _run(args, rest)
     if 'num_processes' in args:  # it may have joined others
@@ -43,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
       distributed.leave(status)
   sys.exit(status)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+  """Each thread of Orbax has a page for what ends in one sentence of ours."""
+  if 'orbax' in record.pathname and record.levelno >= logging.ERROR:
+    record.exc_info = None
+    record.msg, record.args = textwrap.shorten(record.getMessage(), 160), ()
+  return True
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorboardX
+from etils import epath
 from tensorboardX.proto import event_pb2 as untyped
 
+from perceiver_ar import lines as lines_lib
 from perceiver_ar import metrics, paths
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 
 event_pb2: Any = untyped
 
@@ -222,3 +224,10 @@ def test_a_bucket_gets_whole_files_before_every_save(tmp_path, monkeypatch):
     writer.write(1, {'loss': 3.0})
   assert [row['loss'] for row in metrics.read(tmp_path)[0]] == [1.0, 3.0]
   assert len(list((tmp_path / 'tensorboard').iterdir())) == 2
+
+
+def test_a_full_disk_is_said_with_the_file():
+  file = lines_lib.Appender(epath.Path('/dev/full'), [])
+  with pytest.raises(SaveError, match='full cannot be written'):
+    file.write({'step': 1})
+  file.close()

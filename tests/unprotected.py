@@ -30,7 +30,7 @@ def forgets_what_was_saved():
 
 
 def keeps_rows_that_come_again():
-  metrics._kept = lambda path, _: metrics.lines.read(path, 'step')
+  metrics._kept = lambda rows, _: list(rows)
 
 
 def knows_no_signals():

@@ -143,7 +143,7 @@ def _lose(folder: Path, process: int) -> None:
 def _disk_full(scene: Scene) -> None:
   with _small_disk(scene) as disk:
     job = scene.start(faults=_SLOWLY, on=0)
-    scene.until(job, SAVE_EVERY + 1)
+    scene.until_saved(job, SAVE_EVERY)
     ballast = disk / 'ballast'
     with contextlib.suppress(OSError), ballast.open('wb', 0) as file:
       while True:
@@ -183,7 +183,7 @@ def _small_disk(scene: Scene) -> Iterator[Path]:
 
 def _storage(scene: Scene) -> None:
   job = scene.start(faults=_SLOWLY, on=0)
-  scene.until(job, SAVE_EVERY + 1)
+  scene.until_saved(job, SAVE_EVERY)
   # Its folder is gone for a while, as when a network mount is lost.
   place = scene.workdir / 'checkpoints'
   away = place.rename(scene.workdir / 'away')

@@ -197,6 +197,11 @@ class Scene:
   def until(self, job: Job, step: int) -> None:
     job.wait_for(lambda: len(self.rows()) >= step, f'step {step}')
 
+  def until_saved(self, job: Job, step: int) -> None:
+    job.wait_for(
+      lambda: step in checkpoint.saved_steps(self.seen), f'checkpoint {step}'
+    )
+
   def demand(self, job: Job, pattern: str) -> None:
     """Some process said this; it goes into the table."""
     found = re.search(pattern, job.said())
