@@ -75,6 +75,9 @@ def get_config(arg: str = '') -> ConfigDict:
   t.hang_seconds = 300.0
   t.log_every = 10  # steps that the loss on the screen is the mean of
   t.check_memory = True  # on TPU, refuse a step that does not fit a device
+  # Steps after which what several devices hold alike is compared, and at every
+  # save: other bits are silent corruption, and end the run; 0: never.
+  t.check_replicas_every = 1_000
 
   c.optimizer = o = ConfigDict()
   o.name = 'adam'  # adam, adamw, adafactor, sgd, lamb

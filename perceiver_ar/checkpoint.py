@@ -168,7 +168,7 @@ class Checkpoints:
       UserError: all are damaged, or the newest sound one is another model's.
     """
     self.wait()
-    damaged, found = _newest_sound(self._workdir, abstract_state, '')
+    damaged, found = _newest_sound(self._workdir, abstract_state, '', None)
     for error in damaged:
       if found is None:
         self._set_aside(error, 'no sound step is left')
@@ -216,7 +216,7 @@ def restore_params(
   if step is not None:
     folder = step_folder(workdir, step)
     return step, saved_step.restore(folder, abstract_params, 'params/')
-  damaged, found = _newest_sound(workdir, abstract_params, 'params/')
+  damaged, found = _newest_sound(workdir, abstract_params, 'params/', None)
   if found is not None:
     for error in damaged:
       _warn('%s; step %d is used instead', error, found[0])
@@ -227,6 +227,30 @@ def restore_params(
     f'{epath.Path(workdir) / _CHECKPOINTS} holds no checkpoint; train first, '
     'or name another --workdir'
   )
+
+
+def restore_until(
+  workdir: Path, abstract_state: PyTree, last: int
+) -> tuple[int, PyTree] | None:
+  """The newest sound step up to `last`, and its state; None if there is none.
+
+  For those who only read: nothing is moved.
+
+  Args:
+    workdir: the folder that holds `checkpoints`.
+    abstract_state: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
+    last: the newest step that will do.
+
+  Raises:
+    UserError: it holds another model.
+  """
+  damaged, found = _newest_sound(workdir, abstract_state, '', last)
+  instead = 'no step before it is sound'
+  if found is not None:
+    instead = f'step {found[0]} is used instead'
+  for error in damaged:
+    _warn('%s; %s', error, instead)
+  return found
 
 
 def load_config(workdir: Path, step: int) -> Config:
@@ -282,13 +306,15 @@ class _Preservation(checkpoint_managers.PreservationPolicy):
 
 
 def _newest_sound(
-  workdir: Path, abstract: PyTree, prefix: str
+  workdir: Path, abstract: PyTree, prefix: str, last: int | None
 ) -> tuple[list[Damaged], tuple[int, PyTree] | None]:
-  """The newest step that can be restored, after those that cannot."""
+  """The newest step, up to `last`, that can be restored; those that cannot."""
   damaged: list[Damaged] = []
   # One list: a run may be writing, and shared folders may lag behind.
   steps = distributed.exchange('restore', json.dumps(saved_steps(workdir)))[0]
   for step in reversed(json.loads(steps)):
+    if last is not None and step > last:
+      continue
     distributed.wait_for(lambda step=step: step in saved_steps(workdir))
     try:
       tree = saved_step.restore(step_folder(workdir, step), abstract, prefix)

@@ -67,12 +67,13 @@ def _replicated(leaves: Sequence[jax.Array]) -> jax.sharding.Sharding | None:
 @functools.cache
 def _checksum_function(sharding: jax.sharding.Sharding | None) -> Any:
   def compute(leaves: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
+    return jnp.stack([checksum(leaf) for leaf in leaves])
 
   return jax.jit(compute, out_shardings=sharding)
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
+  """Two uint32 of one array, or of one shard of it, inside a function."""
   bits = _as_uint32(x)
   index = jnp.zeros(bits.shape, jnp.uint32)
   for axis, size in enumerate(bits.shape):

@@ -75,6 +75,7 @@ class TrainConfig:
   hang_seconds: float
   log_every: int
   check_memory: bool
+  check_replicas_every: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +175,11 @@ MAY_DIFFER = (
   'optimizer.offload',
   'sample',
   'train.check_memory',
+  'train.check_replicas_every',
   'train.hang_seconds',
   'train.log_every',
   'train.max_nonfinite_steps',
+  'train.num_microbatches',
   'train.num_steps',
 )
 

@@ -14,6 +14,10 @@ class SaveError(RuntimeError):
   """A checkpoint could not be written: what is computed after it is lost."""
 
 
+class CorruptionError(RuntimeError):
+  """A device holds other bits than it should: what is saved has them right."""
+
+
 class HostsError(RuntimeError):
   """A host is missing, or taken away: started again, the job may be whole."""
 
@@ -22,7 +26,7 @@ def explain(error: BaseException) -> tuple[str, int]:
   """What to say, or '' where that takes a traceback, and the exit status."""
   if isinstance(error, UserError):
     return str(error), MISTAKE
-  if isinstance(error, HostsError):
+  if isinstance(error, HostsError | CorruptionError):
     return str(error), RESTART
   if isinstance(error, SaveError):
     return str(error), 1

@@ -207,6 +207,16 @@ def _report(sub: Any) -> None:
   _add_output(sub, 'write the page here instead of to WORKDIR/report.html')
 
 
+def _replay(sub: Any) -> None:
+  sub.add_argument(
+    '--step',
+    type=int,
+    required=True,
+    help='as metrics.jsonl counts: the update from state STEP to the next',
+  )
+  _add_output(sub, 'write the comparison here as JSON')
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
   'train': ('Train; run again, it goes on where it was.', _train),
   'evaluate': ('Score every held-out token once, as JSON.', _evaluate),
@@ -215,6 +225,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[Any], None]]] = {
     _sample,
   ),
   'plan': ('Say what a run would take on machines that are not here.', _plan),
+  'replay': (
+    'Compute a step of a run again, in this process, and compare.',
+    _replay,
+  ),
   'checkpoint': ('Look at checkpoints.', _checkpoint),
   'drill': (
     'Put faults into small jobs of this machine, and demand that each ends as '

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     'evaluate': _evaluate,
     'sample': _sample,
     'plan': _plan,
+    'replay': _replay,
     'checkpoint': _checkpoint,
     'drill': _drill,
     'report': _report,
@@ -233,6 +234,16 @@ def _drill(args: argparse.Namespace, rest: list[str]) -> int:
   verdicts = drills.run(faults, args.processes)
   _write_json([dataclasses.asdict(v) for v in verdicts], args.output)
   return 0 if all(v.verdict != 'failed' for v in verdicts) else 1
+
+
+def _replay(args: argparse.Namespace, rest: list[str]) -> int:
+  from perceiver_ar import replay, workdir
+
+  config = config_files.resolve(rest, workdir.read_config(args.workdir))
+  report = replay.replay(config, args.workdir, args.step)
+  print(replay.render(report), end='')
+  _write_json(report.to_dict(), args.output)
+  return 0 if report.agrees else 1
 
 
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:

@@ -138,6 +138,26 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   }
 
 
+def step_row(values: Mapping[str, float], data_digest: str) -> dict[str, Any]:
+  """What the results of a training step, and of nothing else, have in a row.
+
+  Args:
+    values: the metrics of `train_step`.
+    data_digest: of its batch.
+  """
+  targets = max(values['num_targets'], 1.0)
+  return {
+    'loss': values['loss'] / targets,
+    'num_targets': int(values['num_targets']),
+    'z_loss': values['z_loss'] / targets,
+    'accuracy': values['correct'] / targets,
+    'grad_norm': values['grad_norm'],
+    'learning_rate': values['learning_rate'],
+    'skipped': int(values['skipped']),
+    'data_digest': data_digest,
+  }
+
+
 def _path(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir) / 'metrics.jsonl'
 

@@ -7,7 +7,6 @@ saw.
 """
 
 import contextlib
-import dataclasses
 import logging
 import signal
 import time
@@ -28,7 +27,9 @@ from perceiver_ar import (
   metrics,
   partitioning,
   prefetch,
+  replicas,
   sharded_attention,
+  starting,
   workdir,
 )
 from perceiver_ar import train_step as train_step_lib
@@ -36,7 +37,6 @@ from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 from perceiver_ar.errors import RESTART, UserError
 from perceiver_ar.evaluate import Evaluator
-from perceiver_ar.plan import plans
 from perceiver_ar.progress import Progress
 from perceiver_ar.stopping import Stop
 from perceiver_ar.train_step import TrainState
@@ -59,6 +59,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       too many steps in a row were not finite; or one process of the job has
       another config, code or data than the others.
     HostsError: a process did not come to a barrier in time, or has left.
+    CorruptionError: a device holds other parameters than its like.
     SaveError: a checkpoint could not be written.
   """
   documents = pipeline.open_documents(
@@ -90,26 +91,15 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
         if is_first:
           workdir.begin(folder, config, documents)
           journal.start(config, mesh, first_step)
-      state = restored[1] if restored else _first_state(config, mesh, documents)
+      state = (
+        restored[1]
+        if restored
+        else starting.first_state(config, mesh, documents)
+      )
       loop = _Loop(config, mesh, checkpoints, evaluator)
       status = loop.run(state, documents, first_step, folder)
   distributed.barrier('exit')
   return status
-
-
-def _first_state(
-  config: Config, mesh: Mesh, documents: pipeline.DocumentSource
-) -> TrainState:
-  """Step 0: drawn from the seed, or with the parameters of another run."""
-  state = train_step_lib.init_state(config, mesh)
-  source = config.checkpoint.init_from
-  if not source:
-    return state
-  workdir.check_vocabulary(source, documents)
-  abstract = train_step_lib.abstract_params(config, mesh)
-  step, params = checkpoint.restore_params(source, abstract, None)
-  _say(f'begins with the parameters of {source} at step {step:,}')
-  return dataclasses.replace(state, params=params)
 
 
 def _evaluator(config: Config, mesh: Mesh) -> Evaluator | None:
@@ -175,7 +165,15 @@ class _Loop:
         if step == first_step:
           distributed.barrier('first batch')
           self._watchdog.begin('compile', 'compiling the step')
-          train_step = self._make_step(state, batch.arrays)
+          train_step = starting.compile_step(
+            self._config, self._mesh, state, batch.arrays
+          )
+          self._replicas = replicas.Replicas(
+            state,
+            self._mesh,
+            every=self._config.train.check_replicas_every,
+            step=step,
+          )
           distributed.barrier('compile')
           # Before, a signal ends it at once: there is nothing to save.
           listening.enter_context(self._stop.on_signals())
@@ -187,18 +185,12 @@ class _Loop:
         self._record()
         self._checkpoints.check()
         self._pending = step, sums, sent
+        self._replicas.send(step + 1, state)
         if self._after(step + 1, state):
           break
       self._checkpoints.wait()
       journal.begin('end')
     return self._end(step + 1)
-
-  def _make_step(self, state: TrainState, batch: dict[str, Any]) -> Any:
-    is_tpu = self._mesh.devices.flat[0].platform == 'tpu'
-    if is_tpu and self._config.train.check_memory:
-      return plans.fitting_step(self._config, self._mesh, batch)
-    step = train_step_lib.make_train_step(self._config, self._mesh)
-    return step.lower(state, batch).compile()
 
   def _report(self, batch: prefetch.Placed) -> host_reports.Report:
     """Of this step, as far as it went; its work after this is the next's."""
@@ -239,6 +231,7 @@ class _Loop:
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
       self._watchdog.begin('save', f'the checkpoint of step {step}')
+      self._replicas.check(step, state)
       distributed.barrier('save')
       self._writer.sync()
       journal.sync()
@@ -262,18 +255,8 @@ class _Loop:
     self._stopping = max(report.stop for report in reports)
     # Unless it was wanted before the last one was made.
     self._save_soon = reports[0].save and step >= self._saved[0]
-    targets = max(values['num_targets'], 1.0)
-    row = {
-      'loss': values['loss'] / targets,
-      'num_targets': int(values['num_targets']),
-      'z_loss': values['z_loss'] / targets,
-      'accuracy': values['correct'] / targets,
-      'grad_norm': values['grad_norm'],
-      'learning_rate': values['learning_rate'],
-      'skipped': int(values['skipped']),
-      'data_digest': pipeline.format_digest(
-        sum(report.digest for report in reports) % 2**64
-      ),
+    digest = sum(report.digest for report in reports) % 2**64
+    row = metrics.step_row(values, pipeline.format_digest(digest)) | {
       'seconds': round(seconds, 6),
       # Of each process, the share of the step that it waited for data.
       'data_wait': [round(r.data_seconds / seconds, 4) for r in reports],
@@ -287,6 +270,7 @@ class _Loop:
     self._rows = [*self._rows, row][-log_every:]
     self._reports = [*self._reports, reports][-log_every:]
     self._show(step)
+    self._replicas.read()
     self._check_finite(step, int(values['num_skipped_in_a_row']))
 
   def _show(self, step: int) -> None:
@@ -375,6 +359,9 @@ def _announce(
     + (f' ({axes})' if axes else '')
     + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
   )
+  every = config.train.check_replicas_every
+  if unseen := replicas.uncompared(abstract.params, every):
+    print(unseen)
   if config.data.kind != 'copy':  # whose documents have no end
     tokens = int(documents.num_tokens.sum())
     print(f'train data: {len(documents):,} documents, {tokens:,} tokens')

@@ -17,8 +17,9 @@ _LAYERS = [
   'roll_call places paths lines journal',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping',
-  'train_step saved_step checkpoint inspection evaluate sample artifacts',
-  'prefetch train plan report watchdog',
+  'replicas train_step saved_step checkpoint inspection evaluate sample '
+  'artifacts',
+  'prefetch starting train replay plan report watchdog',
   'main',
   'drill',
 ]
@@ -40,8 +41,11 @@ _ALSO = {
   ('flops', 'models'),  # when the token table is used
   ('sharded_attention', 'partitioning'),
   ('mesh_checks', 'partitioning'),
-  ('train', 'plan'),
+  ('starting', 'plan'),
+  ('train', 'starting'),
   ('train', 'prefetch'),
+  ('replay', 'prefetch'),
+  ('replay', 'starting'),
   ('train', 'watchdog'),
   ('checkpoint', 'saved_step'),
   ('evaluate', 'train_step'),  # the shift of targets

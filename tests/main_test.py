@@ -53,6 +53,7 @@ COMMANDS = {
     '--output',
     '--config',
   ),
+  'replay': ('--step', '--output', '--workdir', '--config'),
   'checkpoint': ('list', 'verify', '--output', '--workdir', '--debug'),
   'report': ('WORKDIR', '--output', '--debug'),
 }

@@ -30,6 +30,7 @@ from perceiver_ar import (
   journal,
   metrics,
   partitioning,
+  starting,
   train,
   workdir,
 )
@@ -363,7 +364,7 @@ def begin_with(source, **changes):
   config = copy_config(checkpoint__init_from=str(source), **changes)
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
   documents = pipeline.open_documents(config.data, 'train', seed=1)
-  return train._first_state(config, mesh, documents)
+  return starting.first_state(config, mesh, documents)
 
 
 def test_a_run_begins_with_the_parameters_of_another(undisturbed, capsys):
