@@ -3,14 +3,16 @@
 A folder holds `manifest.json`, and for every split `SPLIT.array_record` (one
 record per document, its complete token sequence) and `SPLIT.jsonl` (one line
 per document, in the same order), and the vocabulary file if there is one.
-The manifest names the checksum of every record file, so its own checksum
-stands for the whole data set.
+The list has the checksum of every record, and the manifest those of the lists,
+so its own checksum stands for the whole data set: a list is checked when it is
+opened, and a record when it is read.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from perceiver_ar.data import codecs, layouts, tokens
 from perceiver_ar.errors import UserError
 
 MANIFEST = 'manifest.json'
-VERSION = 2
+VERSION = 3
+_OTHER = 'it is not what was written'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Split:
   longest: int  # tokens of the longest document
   file_size: int
   sha256: str  # of the record file
+  list_sha256: str  # of the list of documents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,10 @@ class Manifest:
         'unreadable); prepare one with tools/prepare_*.py'
       ) from error
     return cls.from_json(content, path)
+
+
+class DamagedRecord(UserError):  # noqa: N818 (it is a state)
+  """A record is not what was written; others of its file may be sound."""
 
 
 class Documents:
@@ -180,20 +188,18 @@ class Documents:
     return self._listed.info(index)
 
   def __getitem__(self, index: int) -> np.ndarray:
+    """The tokens of a document, int32 [T].
+
+    Raises:
+      DamagedRecord: they are not what was written.
+      UserError: the file cannot be read, or is another by now.
+    """
     try:
       payload = self._source[index]
     except RuntimeError as error:
-      raise UserError(
-        f'{self._file}: record {index} cannot be read ({error}); restore the '
-        'file or prepare the data set again'
-      ) from error
-    size = np.dtype(self.manifest.dtype).itemsize
-    expected = int(self.num_tokens[index]) * size
-    if len(payload) != expected or expected < 2 * size:
-      raise UserError(
-        f'{self._file}: record {index} has {len(payload)} bytes, not '
-        f'{expected}; prepare the data set again'
-      )
+      raise self._explained(index, str(error)) from error
+    if zlib.crc32(payload) != self._listed.crc32[index]:
+      raise self._explained(index, _OTHER)
     stored = np.frombuffer(payload, token_dtype(self.vocab_size))
     if stored.max() >= self.vocab_size:
       raise UserError(
@@ -202,6 +208,22 @@ class Documents:
         'again'
       )
     return stored.astype(np.int32)
+
+  def _explained(self, index: int, reason: str) -> UserError:
+    where = f'{self._file}: record {index} ({self._listed.names[index]})'
+    try:
+      _check_size(self._file, self._about)
+    except UserError as error:
+      # Of a file that was cut short, records read as empty.
+      return UserError(f'{where} cannot be read: {error}')
+    # Anything else, such as a disk that does not answer, may be over soon.
+    kind = UserError
+    if reason == _OTHER or 'Corrupted' in reason:
+      kind = DamagedRecord
+    return kind(
+      f'{where} cannot be read ({reason}); restore the file or prepare the '
+      'data set again'
+    )
 
 
 def record_file(folder: Path, split: str) -> Path:
@@ -235,6 +257,7 @@ class _List:
   names: list[str]
   num_tokens: np.ndarray
   counts: dict[str, np.ndarray]
+  crc32: np.ndarray  # of the records
 
   def info(self, index: int) -> DocumentInfo:
     return DocumentInfo(
@@ -247,31 +270,31 @@ class _List:
 def _read_list(path: Path, about: Split) -> _List:
   names: list[str] = []
   columns: list[tuple[int, ...]] = []
+  hashed = hashlib.sha256()
   try:
-    with path.open(encoding='utf-8') as lines:
+    with path.open('rb') as lines:
       for line in lines:
-        info = DocumentInfo(**json.loads(line))
-        names.append(info.name)
-        each = (info.counts[unit] for unit in about.counts)
-        columns.append((info.num_tokens, *each))
-    table = np.array(columns, np.int64).reshape(-1, 1 + len(about.counts))
+        hashed.update(line)
+        raw = json.loads(line)
+        names.append(raw['name'])
+        each = (raw['counts'][unit] for unit in about.counts)
+        columns.append((raw['num_tokens'], raw['crc32'], *each))
+    table = np.array(columns, np.int64).reshape(-1, 2 + len(about.counts))
   except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
     raise UserError(
-      f'{path} cannot be read ({error}); prepare the data set again'
+      f'{path} cannot be read ({error}); restore it or prepare the data set '
+      'again'
     ) from error
-  num_tokens = table[:, 0]
-  found = len(names), int(num_tokens.sum())
-  if found != (about.num_documents, about.num_tokens):
+  if hashed.hexdigest() != about.list_sha256:
     raise UserError(
-      f'{path} lists {found[0]} documents with {found[1]} tokens, and the '
-      f'manifest {about.num_documents} with {about.num_tokens}; prepare the '
-      'data set again'
+      f'{path} is not the one that {MANIFEST} was written with; restore both '
+      'or prepare the data set again'
     )
-  counts = {unit: table[:, i + 1] for i, unit in enumerate(about.counts)}
-  return _List(names, num_tokens, counts)
+  counts = {unit: table[:, i + 2] for i, unit in enumerate(about.counts)}
+  return _List(names, table[:, 0], counts, table[:, 1])
 
 
-def _open_records(path: Path, about: Split) -> Any:
+def _check_size(path: Path, about: Split) -> None:
   try:
     size = path.stat().st_size
   except OSError as error:
@@ -284,6 +307,10 @@ def _open_records(path: Path, about: Split) -> Any:
       f'{path} has {size} bytes, and the manifest says {about.file_size}; '
       'restore it or prepare the data set again'
     )
+
+
+def _open_records(path: Path, about: Split) -> Any:
+  _check_size(path, about)
   # Late, because it takes seconds, which those who only write need not wait.
   import grain
 

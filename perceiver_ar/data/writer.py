@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -145,10 +146,11 @@ class _SplitWriter:
 
   def __init__(self, folder: Path, split: str):
     self._records_path = records.record_file(folder, split)
+    self._list_path = folder / f'{split}.jsonl'
     self._records = array_record_module.ArrayRecordWriter(
       str(self._records_path), _WRITER_OPTIONS
     )
-    self._lines = (folder / f'{split}.jsonl').open('w', encoding='utf-8')
+    self._lines = self._list_path.open('w', encoding='utf-8')
     self.published: dict[str, int] | None = None
     self.num_documents = 0
     self._num_tokens = self._longest = 0
@@ -157,7 +159,8 @@ class _SplitWriter:
   def add(self, payload: bytes, info: records.DocumentInfo) -> None:
     with self._saying_why():
       self._records.write(payload)
-    self._lines.write(json.dumps(dataclasses.asdict(info)) + '\n')
+    line = dataclasses.asdict(info) | {'crc32': zlib.crc32(payload)}
+    self._lines.write(json.dumps(line) + '\n')
     assert not self.num_documents or set(info.counts) == set(self._counts)
     self.num_documents += 1
     self._num_tokens += info.num_tokens
@@ -181,8 +184,6 @@ class _SplitWriter:
       ) from error
 
   def summary(self, *, num_rejected: int) -> records.Split:
-    with self._records_path.open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
     return records.Split(
       num_documents=self.num_documents,
       num_rejected=num_rejected,
@@ -190,8 +191,14 @@ class _SplitWriter:
       counts=dict(self._counts) | (self.published or {}),
       longest=self._longest,
       file_size=self._records_path.stat().st_size,
-      sha256=digest,
+      sha256=_sha256(self._records_path),
+      list_sha256=_sha256(self._list_path),
     )
+
+
+def _sha256(path: Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def check_replaceable(path: Path) -> None:

@@ -1,8 +1,12 @@
 import dataclasses
+import hashlib
 import json
 import pickle
+import shutil
+import zlib
 from concurrent import futures
 
+import bad_records
 import numpy as np
 import pytest
 from array_record.python import (
@@ -13,8 +17,11 @@ from perceiver_ar.data import records
 from perceiver_ar.errors import UserError
 
 
-def _replace_record(path, index: int, payload: bytes) -> None:
-  """Rewrites one record of the split train, and the manifest to match."""
+def _replace_record(path, index: int, payload: bytes, **listed) -> None:
+  """Rewrites one record of the split train, and the manifest to match.
+
+  `listed` is changed in its line of the list.
+  """
   manifest = json.loads((path / records.MANIFEST).read_text())
   file = path / 'train.array_record'
   reader = array_record_module.ArrayRecordReader(str(file))
@@ -25,7 +32,14 @@ def _replace_record(path, index: int, payload: bytes) -> None:
   for content in payloads:
     writer.write(content)
   writer.close()
-  manifest['splits']['train']['file_size'] = file.stat().st_size
+  lines = (path / 'train.jsonl').read_text().splitlines()
+  lines[index] = json.dumps(json.loads(lines[index]) | listed)
+  content = ''.join(f'{line}\n' for line in lines).encode()
+  (path / 'train.jsonl').write_bytes(content)
+  manifest['splits']['train'] |= {
+    'file_size': file.stat().st_size,
+    'list_sha256': hashlib.sha256(content).hexdigest(),
+  }
   (path / records.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -147,37 +161,122 @@ def test_a_list_of_documents_that_does_not_match_is_refused(write_data, lines):
     records.Documents(str(path), 'train')
 
 
-def test_a_corrupted_record_is_named_and_the_others_are_read(write_data):
-  rng = np.random.default_rng(0)
-  path = write_data([60_000, 60_000, 60_000])
-  noise = rng.integers(3, 259, 60_000).astype('<u2').tobytes()
-  _replace_record(path, 1, noise)
-  file = path / 'train.array_record'
-  content = bytearray(file.read_bytes())
-  at = 60_000  # the noise fills 120,000 bytes from near the start
-  content[at] ^= 0xFF
-  file.write_bytes(content)
+def test_a_list_from_elsewhere_is_refused(tmp_path):
+  path = bad_records.write_noise(tmp_path / 'one')
+  other = bad_records.write_noise(tmp_path / 'two', seed=1)
+  shutil.copy(other / 'train.jsonl', path / 'train.jsonl')
+  with pytest.raises(UserError, match=r'train\.jsonl is not the one that'):
+    records.Documents(str(path), 'train')
+
+
+def test_a_corrupted_record_is_named_and_the_others_are_read(tmp_path):
+  path = bad_records.write_noise(tmp_path / 'data')
+  bad_records.flip(path, 4)
   documents = records.Documents(str(path), 'train')
-  with pytest.raises(UserError, match=r'train\.array_record: record 1 cannot'):
-    documents[1]
-  assert len(documents[0]) == len(documents[2]) == 60_000
+  for index in range(len(documents)):
+    if index != 4:
+      assert len(documents[index]) == 102
+  with pytest.raises(
+    records.DamagedRecord,
+    match=r'train\.array_record: record 4 \(4\.txt\) cannot .*; restore',
+  ) as caught:
+    documents[4]
+  assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  ('payload', 'match'),
-  [
-    (b'\x02\0\x03\0\x01', 'record 1 has 5 bytes, not 8'),
-    (b'', 'record 1 has 0 bytes, not 8'),
-    (b'\x02\0\x03\0\xff\xff\x01\0', 'record 1 has the token id 65535'),
-  ],
-)
-def test_a_record_that_does_not_fit_is_named(write_data, payload, match):
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+  """In records, their headers, the index and its header; or in padding."""
+  path = bad_records.write_noise(tmp_path / 'data', num_documents=3)
+  expected = records.Documents(str(path), 'train')
+  expected = [expected[i].tolist() for i in range(3)]
+  file, rng = path / 'train.array_record', np.random.default_rng()
+  content = file.read_bytes()
+  used = np.flatnonzero(np.frombuffer(content, np.uint8))
+  num_refused = 0
+  for at in rng.choice(used, 80, replace=False).tolist():
+    flipped = bytearray(content)
+    flipped[at] ^= 1 << int(rng.integers(8))
+    file.write_bytes(flipped)
+    try:
+      documents = records.Documents(str(path), 'train')
+      found = [documents[i].tolist() for i in range(3)]
+    except UserError as error:
+      assert 'train.array_record' in str(error)
+      num_refused += 1
+    else:
+      assert found == expected, at
+  assert num_refused > 40
+
+
+def test_records_from_elsewhere_are_refused(tmp_path):
+  """Of the same number and lengths, sound, under a manifest they match."""
+  path = bad_records.write_noise(tmp_path / 'one')
+  other = bad_records.write_noise(tmp_path / 'two', seed=1)
+  bad_records.exchange(path, other)
+  documents = records.Documents(str(path), 'train')
+  with pytest.raises(
+    records.DamagedRecord, match=r'record 0 .*not what was written'
+  ):
+    documents[0]
+
+
+@pytest.mark.parametrize('payload', [b'\x02\0\x03\0\x01', b''])
+def test_a_record_that_is_not_the_listed_one_is_named(write_data, payload):
   path = write_data([9, 4])
   _replace_record(path, 1, payload)
   documents = records.Documents(str(path), 'train')
   assert len(documents[0]) == 9
-  with pytest.raises(UserError, match=match):
+  with pytest.raises(records.DamagedRecord, match=r'record 1 .*not what was'):
     documents[1]
+
+
+def test_a_record_of_another_vocabulary_is_named(write_data):
+  path = write_data([9, 4])
+  payload = b'\x02\0\x03\0\xff\xff\x01\0'
+  _replace_record(path, 1, payload, crc32=zlib.crc32(payload))
+  documents = records.Documents(str(path), 'train')
+  with pytest.raises(UserError, match='record 1 has the token id 65535'):
+    documents[1]
+
+
+@pytest.mark.parametrize('after', ['open', 'read'])
+def test_a_file_that_was_cut_while_it_is_read_is_no_damaged_record(
+  write_data, after
+):
+  """All that follows would be skipped, and the next start refused."""
+  documents = records.Documents(str(write_data([40_000] * 9)), 'train')
+  if after == 'read':
+    documents[0]
+  file = documents.folder / 'train.array_record'
+  file.write_bytes(b'')
+  with pytest.raises(
+    UserError, match=r'record 7 \(7\.txt\) .*has 0 bytes, and the manifest'
+  ) as caught:
+    documents[7]
+  assert not isinstance(caught.value, records.DamagedRecord)
+
+
+def test_a_file_that_is_removed_while_it_is_read(write_data):
+  folder = write_data([40, 50, 60])
+  one, other = (records.Documents(str(folder), 'train') for _ in range(2))
+  one[0]
+  (folder / 'train.array_record').unlink()
+  assert len(one[2]) == 60  # its file is open, and whole
+  with pytest.raises(UserError, match=r'record 2 .*array_record is missing'):
+    other[2]
+
+
+def test_a_manifest_that_was_edited_is_another_data_set(write_data):
+  path = write_data([9]) / records.MANIFEST
+  before = records.Manifest.load(path.parent).fingerprint
+  for old, new in (('"bytes": 7', '"bytes": 8'), ('"train"', '"other"')):
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+    assert records.Manifest.load(path.parent).fingerprint != before
+    path.write_text(content)
+  path.write_text(json.dumps(json.loads(path.read_text())))
+  assert records.Manifest.load(path.parent).fingerprint == before
 
 
 def test_large_vocabularies_are_stored_in_four_bytes():
