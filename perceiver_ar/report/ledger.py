@@ -27,6 +27,7 @@ NAMES = {
   'down': 'not running',
 }
 _CRASH = 'ended without a word (killed, or its machine died)'
+_NO_END = 'has no end yet (it runs, or was killed): last heard of'
 _SHOWN = 8  # of what there may be many of
 
 
@@ -37,7 +38,7 @@ class Start:
   Attributes:
     began: when its process did, in seconds since the epoch.
     last: when it was last heard of.
-    how: it ended, or that it goes on.
+    how: it ended, if it has.
     seconds: by what they were spent on, as far as it told.
     row: its line in the journal.
   """
@@ -150,7 +151,7 @@ def _start(rows: Sequence[Row], is_last: bool, steps: Sequence[Row]) -> Start:
   """Of the lines from one start to the next."""
   first, seconds = rows[0], {}
   last = told = first['time']
-  how = 'goes on, or was killed' if is_last else _CRASH
+  how = _NO_END if is_last else _CRASH
   for row in rows:
     last = max(last, row['time'])
     if row['event'] == 'seconds':

@@ -387,7 +387,7 @@ def test_the_journal_of_a_run_that_goes_on_is_on_the_page(run):
   assert written.pop('report.html').decode() == content
   assert written == before
   # 10 s of starting, and 60 steps of half a second.
-  assert '75.0%' in content and 'goes on, or was killed' in content
+  assert '75.0%' in content and 'has no end yet' in content
   assert 'spike: loss NaN, name &lt;i&gt;x&lt;/i&gt;' in content
   assert '8 x &lt;v5p&gt;' in content and 'data.path: &lt;a&gt;' in content
   page = Page(content)
