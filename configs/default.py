@@ -69,7 +69,10 @@ def get_config(arg: str = '') -> ConfigDict:
   t.seed = 1
   t.z_loss = 1e-4  # times log(Z)**2, keeps logits near normalised
   t.label_smoothing = 0.0
-  t.max_nonfinite_steps = 10  # skipped in a row before the run stops
+  # A step that is not finite is skipped, and one whose loss per target is so
+  # many standard deviations above the mean of the last ones; 0: never.
+  t.spike_deviations = 0.0
+  t.max_skipped_steps = 10  # in a row before the run stops
   # What a step, save or evaluation may take before the run ends to be started
   # again, if that is 10 times what it usually takes; 0: for ever.
   t.hang_seconds = 300.0

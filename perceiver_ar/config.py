@@ -71,7 +71,8 @@ class TrainConfig:
   seed: int
   z_loss: float
   label_smoothing: float
-  max_nonfinite_steps: int
+  spike_deviations: float
+  max_skipped_steps: int
   hang_seconds: float
   log_every: int
   check_memory: bool
@@ -178,9 +179,10 @@ MAY_DIFFER = (
   'train.check_replicas_every',
   'train.hang_seconds',
   'train.log_every',
-  'train.max_nonfinite_steps',
+  'train.max_skipped_steps',
   'train.num_microbatches',
   'train.num_steps',
+  'train.spike_deviations',  # where it ended a run whose loss moved for good
 )
 
 

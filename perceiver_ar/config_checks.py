@@ -94,8 +94,7 @@ _POSITIVE = {
     'attention_block rotary_max_wavelength'
   ),
   'data': 'min_crop num_read_threads prefetch',
-  'train': 'num_steps batch_size num_microbatches log_every '
-  'max_nonfinite_steps',
+  'train': 'num_steps batch_size num_microbatches log_every max_skipped_steps',
   'optimizer': 'learning_rate eps',
   'checkpoint': 'save_every keep_latest',
   'evaluate': 'batch_size stride num_latents context_length',

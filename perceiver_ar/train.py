@@ -29,6 +29,7 @@ from perceiver_ar import (
   prefetch,
   replicas,
   sharded_attention,
+  skipping,
   starting,
   workdir,
 )
@@ -56,7 +57,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
 
   Raises:
     UserError: the config, the data, the mesh or the workdir do not fit, or
-      too many steps in a row were not finite; or one process of the job has
+      too many steps in a row were skipped; or one process of the job has
       another config, code or data than the others.
     HostsError: a process did not come to a barrier in time, or has left.
     CorruptionError: a device holds other parameters than its like.
@@ -134,6 +135,7 @@ class _Loop:
     self._rows: list[dict[str, Any]] = []
     self._reports: list[list[host_reports.Report]] = []
     self._pending: tuple[int, Any, Any] | None = None
+    self._skips = skipping.Skips()
 
   def run(
     self,
@@ -262,16 +264,21 @@ class _Loop:
       'data_wait': [round(r.data_seconds / seconds, 4) for r in reports],
     }
     self._clock = now
+    reason = skipping.reason(values)
+    if reason:
+      row['skipped_for'] = reason
     self._writer.write(step, row)
-    if row['skipped']:
+    if reason:
       names = ('data_digest', 'loss', 'grad_norm')
-      journal.event('skipped', step=step, **{n: row[n] for n in names})
+      facts = {name: row[name] for name in names}
+      journal.event('skipped', step=step, reason=reason, **facts)
+    self._skips.add(step, row, reason)
     log_every = self._config.train.log_every
     self._rows = [*self._rows, row][-log_every:]
     self._reports = [*self._reports, reports][-log_every:]
     self._show(step)
     self._replicas.read()
-    self._check_finite(step, int(values['num_skipped_in_a_row']))
+    self._check_skipped(step, int(values['num_skipped_in_a_row']))
 
   def _show(self, step: int) -> None:
     note = ''
@@ -284,8 +291,8 @@ class _Loop:
         journal.event('slow', step=step, what=slow)
     self._progress.advance(1, note)
 
-  def _check_finite(self, step: int, in_a_row: int) -> None:
-    if in_a_row < self._config.train.max_nonfinite_steps:
+  def _check_skipped(self, step: int, in_a_row: int) -> None:
+    if in_a_row < self._config.train.max_skipped_steps:
       return
     self._checkpoints.wait()
     good = self._checkpoints.latest()
@@ -293,10 +300,9 @@ class _Loop:
     if good is not None:
       where = f'the last good checkpoint is step {good}'
     raise UserError(
-      f'the loss or its gradient was not finite in {in_a_row} steps in a row, '
-      f'the last of them step {step}; {where}; train with a lower '
-      'optimizer.learning_rate in another --workdir, or look at the batches '
-      'whose digests metrics.jsonl has for these steps'
+      f'{self._skips.story(in_a_row)}; the last of them is step {step}, '
+      f'{where}; {self._skips.remedy()}, or look at the batches whose digests '
+      'metrics.jsonl has for these steps'
     )
 
   def _end(self, step: int) -> int:

@@ -21,6 +21,7 @@ from perceiver_ar import flops, losses, partitioning
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.optimizer import make_optimizer, make_schedule
+from perceiver_ar.skipping import UsualLoss
 
 Params: TypeAlias = Any
 Batch: TypeAlias = dict[str, jax.Array]
@@ -38,8 +39,9 @@ class TrainState:
     step: batches seen, skipped ones too.
     params: of `model.param_dtype`; gradients and moments are float32.
     opt_state: of optax.
-    num_skipped: steps whose loss or gradient was not finite.
-    num_skipped_in_a_row: the same, since the last finite one.
+    num_skipped: steps that were not finite, or spikes.
+    num_skipped_in_a_row: the same, since the last one that was neither.
+    usual_loss: of the others.
   """
 
   step: Any
@@ -47,6 +49,7 @@ class TrainState:
   opt_state: Any
   num_skipped: Any
   num_skipped_in_a_row: Any
+  usual_loss: UsualLoss
 
 
 def _initial_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -86,8 +89,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(
       lambda s: s.with_memory_kind('pinned_host'), shardings
     )
-  count = jax.ShapeDtypeStruct(
-    (), jnp.int32, sharding=partitioning.replicated(mesh)
+  count, number = (
+    jax.ShapeDtypeStruct((), dtype, sharding=partitioning.replicated(mesh))
+    for dtype in (jnp.int32, jnp.float32)
   )
   return TrainState(
     step=count,
@@ -98,6 +102,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     ),
     num_skipped=count,
     num_skipped_in_a_row=count,
+    usual_loss=UsualLoss(count, number, number),
   )
 
 
@@ -128,7 +133,7 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     params = nn.unbox(_initial_params(config.model, key))
     zero = jnp.int32(0)
     opt_state = optimizer.init(_in_float32(params))
-    return TrainState(zero, params, opt_state, zero, jnp.int32(0))
+    return TrainState(zero, params, opt_state, zero, zero, UsualLoss.empty())
 
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
   key = jax.random.key(config.train.seed)
@@ -180,7 +185,7 @@ def train_step(
   Returns:
     The next state, and the step's metrics: `loss`, `z_loss` and `correct`
     summed over `num_targets`, `grad_norm` before clipping, `learning_rate`,
-    `skipped` and `num_skipped_in_a_row`.
+    `skipped`, `is_spike` if it was for that, and `num_skipped_in_a_row`.
   """
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   grads, sums = accumulate(state.params, batch, key, config)
@@ -201,12 +206,16 @@ def train_step(
   )
 
   is_finite = jnp.isfinite(norm) & jnp.isfinite(sums['loss'])
-  params, opt_state = jax.tree.map(
-    lambda new, old: jnp.where(is_finite, new, old),
-    (params, opt_state),
-    (state.params, old_opt_state),
+  loss = sums['loss'] / jnp.maximum(sums['num_targets'], 1)
+  deviations = config.train.spike_deviations
+  is_spike = is_finite & state.usual_loss.is_exceeded(loss, deviations)
+  is_good = is_finite & ~is_spike
+  params, opt_state, usual_loss = jax.tree.map(
+    lambda new, old: jnp.where(is_good, new, old),
+    (params, opt_state, state.usual_loss.including(loss)),
+    (state.params, old_opt_state, state.usual_loss),
   )
-  skipped = 1 - is_finite.astype(jnp.int32)
+  skipped = 1 - is_good.astype(jnp.int32)
   in_a_row = (state.num_skipped_in_a_row + 1) * skipped
   metrics = sums | {
     'grad_norm': norm,
@@ -215,6 +224,7 @@ def train_step(
       state.step - state.num_skipped
     ),
     'skipped': skipped,
+    'is_spike': is_spike.astype(jnp.int32),
     'num_skipped_in_a_row': in_a_row,
   }
   state = TrainState(
@@ -223,6 +233,7 @@ def train_step(
     opt_state=opt_state,
     num_skipped=state.num_skipped + skipped,
     num_skipped_in_a_row=in_a_row,
+    usual_loss=usual_loss,
   )
   return state, metrics
 

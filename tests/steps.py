@@ -11,6 +11,7 @@ from tiny import make_batch, make_config, make_params
 
 from perceiver_ar import partitioning, train_step
 from perceiver_ar.config import Config
+from perceiver_ar.skipping import UsualLoss
 
 SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
 # Documents that fill the context, short ones, one of one token, and none.
@@ -32,7 +33,7 @@ def place(config: Config) -> Any:
   params = make_params(config.model)
   state = train_step.TrainState(
     *(jnp.int32(0), params, jax.jit(optimizer.init)(params)),
-    *(jnp.int32(0), jnp.int32(0)),
+    *(jnp.int32(0), jnp.int32(0), UsualLoss.empty()),
   )
   # Copies: a step takes over the buffers of its state.
   put = lambda x, a: jax.device_put(np.array(x, a.dtype), a.sharding)

@@ -24,7 +24,7 @@ from steps import (
 )
 from tiny import make_batch, make_params
 
-from perceiver_ar import chips, partitioning, train_step
+from perceiver_ar import chips, partitioning, skipping, train_step
 from perceiver_ar.plan import collectives
 from perceiver_ar.plan.hlo import Module
 
@@ -255,6 +255,50 @@ def test_a_bad_step_changes_nothing_and_is_counted():
   assert not same(kept[2][1], kept[3][1])
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
   assert np.isnan(steps[1][0]['loss'])
+
+
+@pytest.fixture
+def judged_early(monkeypatch):
+  monkeypatch.setattr(skipping, 'USUAL_STEPS', 3)
+
+
+# So slow that the losses of one batch are much alike.
+_SLOW = _SGD | {'optimizer.learning_rate': 1e-3}
+_SPIKES = _SLOW | {'train.spike_deviations': 5.0}
+
+
+def _learnt(config, with_other):
+  """Steps on one batch, and in between on another whose loss is higher."""
+  seeds = [0, 0, 0, 0, 1, 0] if with_other else [0, 0, 0, 0, 0]
+  batches = lambda step, batch: make_batch(config.model, LENGTHS, seeds[step])
+  return list(_steps(config, len(seeds), batches))
+
+
+@pytest.mark.parametrize(
+  'mesh', [{}, _slow({'slice': 2, 'data': 2, 'model': 2})], ids=str
+)
+def test_a_spike_changes_nothing_as_if_it_had_never_been(judged_early, mesh):
+  config = config_on(mesh, **_SPIKES)
+  steps = _learnt(config, with_other=True)
+  assert [int(m['is_spike']) for m, _ in steps] == [0, 0, 0, 0, 1, 0]
+  assert [int(m['skipped']) for m, _ in steps] == [0, 0, 0, 0, 1, 0]
+  assert [int(m['num_skipped_in_a_row']) for m, _ in steps] == [0] * 4 + [1, 0]
+  assert np.isfinite(steps[4][0]['loss'])
+  (_, last), (_, want) = steps[-1], _learnt(config, with_other=False)[-1]
+  for name in ('params', 'opt_state', 'usual_loss'):
+    assert same(getattr(last, name), getattr(want, name)), name
+  assert (last.step, last.num_skipped, want.num_skipped) == (6, 1, 0)
+  assert last.usual_loss.num_steps == 5
+  losses = [m['loss'] / m['num_targets'] for m, _ in steps if not m['skipped']]
+  # The fourth takes a third from the three before, the fifth from all four.
+  mean = (np.mean(losses[:3]) * 2 / 3 + losses[3] / 3) * 2 / 3 + losses[4] / 3
+  np.testing.assert_allclose(last.usual_loss.mean, mean, rtol=1e-5)
+
+
+def test_without_the_key_a_spike_counts_like_any_other_step(judged_early):
+  steps = _learnt(config_on({}, **_SLOW), with_other=True)
+  assert not any(m['skipped'] or m['is_spike'] for m, _ in steps)
+  assert steps[-1][1].usual_loss.num_steps == 6
 
 
 def test_the_same_seed_gives_the_same_bits_and_dropout_follows_the_step():

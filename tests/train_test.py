@@ -30,6 +30,7 @@ from perceiver_ar import (
   journal,
   metrics,
   partitioning,
+  skipping,
   starting,
   train,
   workdir,
@@ -243,7 +244,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path):
 def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
   config = copy_config(
     train__num_steps=30,
-    train__max_nonfinite_steps=4,
+    train__max_skipped_steps=4,
     optimizer__learning_rate=1e30,
     evaluate__every=0,
   )
@@ -253,15 +254,65 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
   skipped = [row['skipped'] for row in found]
   assert skipped == [0] * (len(skipped) - 4) + [1] * 4
   assert len(skipped) > 4
+  assert [r.get('skipped_for') for r in found[-5:]] == [None] + [
+    'nonfinite'
+  ] * 4
   good = checkpoint.saved_steps(tmp_path)[-1]
-  assert f'4 steps in a row, the last of them step {len(found) - 1}' in str(
-    error.value
-  )
-  assert f'the last good checkpoint is step {good}' in str(error.value)
+  assert (
+    '4 steps in a row were skipped, 4 whose loss or gradient was not finite; '
+    f'the last of them is step {len(found) - 1}, the last good checkpoint is '
+    f'step {good}; train with a lower optimizer.learning_rate'
+  ) in str(error.value)
   assert events(tmp_path, 'end')[-1]['reason'] == str(error.value)
   assert [
     (x['step'], x['data_digest']) for x in events(tmp_path, 'skipped')
   ] == [(row['step'], row['data_digest']) for row in found[-4:]]
+  _, params = final_params(tmp_path, config)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_run_with_spikes_goes_on_as_if_nothing_had_happened(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(skipping, 'USUAL_STEPS', 2)
+
+  def train_to(name, num_steps):
+    config = copy_config(
+      train__num_steps=num_steps,
+      train__spike_deviations=0.5,
+      train__max_skipped_steps=7,
+      optimizer__learning_rate=0.1,
+      evaluate__every=0,
+    )
+    assert train.train_and_evaluate(config, tmp_path / name) == 0
+    return config
+
+  for num_steps in (3, 8, 12):
+    config = train_to('in parts', num_steps)
+  train_to('whole', 12)
+  assert_same_run(tmp_path / 'in parts', tmp_path / 'whole', config)
+  found = rows(tmp_path / 'whole')
+  assert {r.get('skipped_for') for r in found} == {None, 'spike'}, found
+
+
+def test_a_loss_that_moves_for_good_ends_the_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(skipping, 'USUAL_STEPS', 2)
+  # Every loss is above the mean of the last ones.
+  config = copy_config(
+    train__num_steps=30,
+    train__spike_deviations=1e-6,
+    train__max_skipped_steps=3,
+    optimizer__learning_rate=1.0,
+    optimizer__name='sgd',
+    optimizer__clip_norm=0.0,
+    evaluate__every=0,
+  )
+  with pytest.raises(UserError) as error:
+    train.train_and_evaluate(config, tmp_path)
+  assert '3 steps in a row were skipped, 3 whose loss was a spike' in str(
+    error.value
+  )
+  assert 'raise train.spike_deviations' in str(error.value)
   _, params = final_params(tmp_path, config)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
