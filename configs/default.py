@@ -115,6 +115,9 @@ def get_config(arg: str = '') -> ConfigDict:
   k.keep_latest = 2  # of those of `save_every`
   k.keep_best = 1  # by the evaluation during training
   k.keep_every = 0  # steps, of which all are kept; 0: none
+  # Of the memory of a host, what a process takes to save or restore; a state of
+  # more than half of it is saved in parts, while training waits; 0: no limit.
+  k.max_host_gb = 64.0
 
   c.evaluate = e = ConfigDict()
   e.every = 0  # steps; 0: only by the evaluate command

@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed, journal, paths, saved_step
+from perceiver_ar import distributed, host_memory, journal, paths, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
 from perceiver_ar.errors import SaveError, UserError
@@ -38,9 +38,18 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-  """The checkpoints that a training run writes and resumes from."""
+  """The checkpoints that a training run writes and resumes from.
+
+  Attributes:
+    last_memory: by how many bytes this process grew in the last save or
+      restore that is over, without the arrays that a restore left in host
+      memory; None before, and where there is no /proc.
+  """
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
+    self.last_memory: int | None = None
+    self._saved: tuple[int, host_memory.Meter] | None = None
+    self._config = config
     self._workdir = paths.absolute(workdir)
     saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
@@ -49,10 +58,15 @@ class Checkpoints:
       for step in saved_steps(workdir)
       if (loss := saved_step.read_loss(self._folder / str(step))) is not None
     }
-    self._manager = ocp.CheckpointManager(
+    self._in_parts = False
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    max_gb, in_parts = self._config.max_host_gb, self._in_parts
+    return ocp.CheckpointManager(
       self._folder,
       item_handlers={
-        'state': ocp.PyTreeCheckpointHandler(),
+        'state': host_memory.writer(max_gb, in_parts=in_parts),
         'config': ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
@@ -62,7 +76,7 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         # A damaged step must not keep the manager from starting.
         lightweight_initialize=True,
-        preservation_policy=_Preservation(config, self._losses),
+        preservation_policy=_Preservation(self._config, self._losses),
       ),
     )
 
@@ -76,11 +90,20 @@ class Checkpoints:
     """Waits for the last save; raises SaveError if it failed."""
     with self._saving():
       self._manager.close()
+    self._measure_save()
 
   def wait(self) -> None:
     """Waits for the last save; raises SaveError if it failed."""
     with self._saving():
       self._manager.wait_until_finished()
+    self._measure_save()
+
+  def _measure_save(self) -> None:
+    if self._saved is None:
+      return
+    (step, meter), self._saved = self._saved, None
+    self.last_memory, max_gb = meter.growth(), self._config.max_host_gb
+    host_memory.warn_above(f'saving step {step}', self.last_memory, max_gb)
 
   def check(self) -> None:
     """Raises SaveError if the last save has failed; waits for none."""
@@ -103,6 +126,7 @@ class Checkpoints:
   ) -> None:
     """Starts to save `state`, whose buffers may be donated right after.
 
+    Returns when it is saved if it does not fit into `max_host_gb`.
     A step that is there already is left as it is.
 
     Args:
@@ -113,7 +137,13 @@ class Checkpoints:
     """
     if step in self.steps():
       return
+    max_gb = self._config.max_host_gb
+    if not self._in_parts and not host_memory.fits(flatten(state), max_gb):
+      self.close()
+      self._in_parts = True
+      self._manager = self._open()
     config_json = dataclasses.asdict(config)
+    self._saved = step, host_memory.Meter()
     manifest = saved_step.make_manifest(step, state, config_json, loss)
     if manifest['loss'] is not None:
       self._losses[step] = manifest['loss']
@@ -121,7 +151,10 @@ class Checkpoints:
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(nest(flatten(state))),
+          state=ocp.args.PyTreeSave(
+            nest(flatten(state)),
+            ocdbt_target_data_file_size=host_memory.file_bytes(max_gb),
+          ),
           config=ocp.args.JsonSave(config_json),
         ),
         custom_metadata={
@@ -131,6 +164,8 @@ class Checkpoints:
         force=True,
       )
     assert saved
+    if self._in_parts:
+      self.wait()
 
   def steps(self) -> list[int]:
     """In order, with the one that is being written."""
@@ -157,9 +192,21 @@ class Checkpoints:
       UserError: there is no such step, or it holds another model.
     """
     self.wait()
-    return saved_step.restore(
-      step_folder(self._workdir, step), abstract_state, ''
-    )
+    folder, meter = step_folder(self._workdir, step), host_memory.Meter()
+    max_gb = self._config.max_host_gb
+    state = saved_step.restore(folder, abstract_state, '', max_gb)
+    self._measure_restore(step, state, meter)
+    return state
+
+  def _measure_restore(
+    self, step: int, state: PyTree, meter: host_memory.Meter
+  ) -> None:
+    growth = meter.growth()
+    if growth is not None:
+      at_rest = host_memory.at_rest(flatten(state).values())
+      growth = max(0, growth - at_rest)
+    self.last_memory, max_gb = growth, self._config.max_host_gb
+    host_memory.warn_above(f'restoring step {step}', growth, max_gb)
 
   def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
     """The newest sound step and its state; sets damaged newer ones aside.
@@ -168,7 +215,12 @@ class Checkpoints:
       UserError: all are damaged, or the newest sound one is another model's.
     """
     self.wait()
-    damaged, found = _newest_sound(self._workdir, abstract_state, '', None)
+    meter, max_gb = host_memory.Meter(), self._config.max_host_gb
+    damaged, found = _newest_sound(
+      self._workdir, abstract_state, '', None, max_gb
+    )
+    if found is not None:
+      self._measure_restore(*found, meter)
     for error in damaged:
       if found is None:
         self._set_aside(error, 'no sound step is left')
@@ -197,7 +249,10 @@ class Checkpoints:
 
 
 def restore_params(
-  workdir: Path, abstract_params: PyTree, step: int | None
+  workdir: Path,
+  abstract_params: PyTree,
+  step: int | None,
+  max_host_gb: float = 0.0,
 ) -> tuple[int, PyTree]:
   """The step and the parameters alone, for those who only read.
 
@@ -208,6 +263,7 @@ def restore_params(
     abstract_params: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
     step: which one; None takes the newest that is sound, and says so where
       that is not the newest.
+    max_host_gb: of host memory, besides the arrays; 0: no limit.
 
   Raises:
     Damaged: `step` is.
@@ -215,8 +271,12 @@ def restore_params(
   """
   if step is not None:
     folder = step_folder(workdir, step)
-    return step, saved_step.restore(folder, abstract_params, 'params/')
-  damaged, found = _newest_sound(workdir, abstract_params, 'params/', None)
+    return step, saved_step.restore(
+      folder, abstract_params, 'params/', max_host_gb
+    )
+  damaged, found = _newest_sound(
+    workdir, abstract_params, 'params/', None, max_host_gb
+  )
   if found is not None:
     for error in damaged:
       _warn('%s; step %d is used instead', error, found[0])
@@ -230,7 +290,7 @@ def restore_params(
 
 
 def restore_until(
-  workdir: Path, abstract_state: PyTree, last: int
+  workdir: Path, abstract_state: PyTree, last: int, max_host_gb: float = 0.0
 ) -> tuple[int, PyTree] | None:
   """The newest sound step up to `last`, and its state; None if there is none.
 
@@ -240,11 +300,12 @@ def restore_until(
     workdir: the folder that holds `checkpoints`.
     abstract_state: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
     last: the newest step that will do.
+    max_host_gb: as in `restore_params`.
 
   Raises:
     UserError: it holds another model.
   """
-  damaged, found = _newest_sound(workdir, abstract_state, '', last)
+  damaged, found = _newest_sound(workdir, abstract_state, '', last, max_host_gb)
   instead = 'no step before it is sound'
   if found is not None:
     instead = f'step {found[0]} is used instead'
@@ -306,7 +367,11 @@ class _Preservation(checkpoint_managers.PreservationPolicy):
 
 
 def _newest_sound(
-  workdir: Path, abstract: PyTree, prefix: str, last: int | None
+  workdir: Path,
+  abstract: PyTree,
+  prefix: str,
+  last: int | None,
+  max_host_gb: float,
 ) -> tuple[list[Damaged], tuple[int, PyTree] | None]:
   """The newest step, up to `last`, that can be restored; those that cannot."""
   damaged: list[Damaged] = []
@@ -317,7 +382,8 @@ def _newest_sound(
       continue
     distributed.wait_for(lambda step=step: step in saved_steps(workdir))
     try:
-      tree = saved_step.restore(step_folder(workdir, step), abstract, prefix)
+      folder = step_folder(workdir, step)
+      tree = saved_step.restore(folder, abstract, prefix, max_host_gb)
     except Damaged as error:
       damaged.append(error)
     else:

@@ -115,6 +115,7 @@ class CheckpointConfig:
   keep_latest: int
   keep_best: int
   keep_every: int
+  max_host_gb: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

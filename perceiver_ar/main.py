@@ -353,7 +353,9 @@ def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
   workdir.keep_compiled(args.workdir, mesh.devices.flat[0].platform)
   abstract = train_step.abstract_params(config, mesh)
-  step, params = checkpoint.restore_params(args.workdir, abstract, args.step)
+  step, params = checkpoint.restore_params(
+    args.workdir, abstract, args.step, config.checkpoint.max_host_gb
+  )
   return mesh, step, params
 
 

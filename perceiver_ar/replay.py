@@ -196,7 +196,9 @@ def _begin(
 ) -> tuple[int, TrainState, str]:
   """The step and the state to go on from, and where it is from."""
   abstract = train_step.abstract_state(config, mesh)
-  restored = checkpoint.restore_until(folder, abstract, step)
+  restored = checkpoint.restore_until(
+    folder, abstract, step, config.checkpoint.max_host_gb
+  )
   if restored is None:
     state = starting.first_state(config, mesh, documents)
     source = config.checkpoint.init_from or f'seed {config.train.seed}'

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from perceiver_ar import distributed
+from perceiver_ar import distributed, host_memory
 from perceiver_ar.checksums import PyTree, checksums, flatten, nest
 from perceiver_ar.errors import UserError
 
@@ -114,8 +114,13 @@ def read_loss(folder: epath.Path) -> float | None:
 # that fails alone would leave the others waiting in the next collective.
 
 
-def restore(folder: epath.Path, abstract: PyTree, prefix: str) -> PyTree:
-  """The arrays below `prefix`, checked against the manifest."""
+def restore(
+  folder: epath.Path, abstract: PyTree, prefix: str, max_host_gb: float = 0.0
+) -> PyTree:
+  """The arrays below `prefix`, checked against the manifest.
+
+  With `max_host_gb` few are read at a time; 0: as many as Orbax likes.
+  """
   wanted = {prefix + k: v for k, v in flatten(abstract).items()}
   try:
     manifest = read_manifest(folder)
@@ -127,7 +132,7 @@ def restore(folder: epath.Path, abstract: PyTree, prefix: str) -> PyTree:
   saved = {k: v for k, v in manifest['arrays'].items() if k.startswith(prefix)}
   _check_same_arrays(folder, saved, wanted)
   try:
-    arrays = _read_arrays(folder, wanted)
+    arrays = _read_arrays(folder, wanted, max_host_gb)
   except Damaged as error:
     arrays, reason = {}, error.reason
   _agree(folder, reason)
@@ -144,7 +149,9 @@ def restore(folder: epath.Path, abstract: PyTree, prefix: str) -> PyTree:
 
 
 def _read_arrays(
-  folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+  folder: epath.Path,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  max_host_gb: float,
 ) -> dict[str, jax.Array]:
   abstract = nest(wanted)
   args = ocp.args.PyTreeRestore(
@@ -154,9 +161,8 @@ def _read_arrays(
   )
   with _quiet_failure() as failure:
     # The handler alone: a Checkpointer would wait for the other processes.
-    restored = ocp.PyTreeCheckpointHandler().restore(
-      folder / 'state', args=args
-    )
+    handler = host_memory.reader(folder / 'state', wanted, max_host_gb)
+    restored = handler.restore(folder / 'state', args=args)
     arrays = flatten(restored)
     jax.block_until_ready(arrays)
   if failure:

@@ -23,7 +23,9 @@ def first_state(
     return state
   workdir.check_vocabulary(source, documents)
   abstract = train_step.abstract_params(config, mesh)
-  step, params = checkpoint.restore_params(source, abstract, None)
+  step, params = checkpoint.restore_params(
+    source, abstract, None, config.checkpoint.max_host_gb
+  )
   if jax.process_index() == 0:
     print(f'begins with the parameters of {source} at step {step:,}')
   return dataclasses.replace(state, params=params)

@@ -25,6 +25,7 @@ KEEP = config_lib.CheckpointConfig(
   keep_latest=2,
   keep_best=1,
   keep_every=0,
+  max_host_gb=0.0,
 )
 
 

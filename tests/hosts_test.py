@@ -151,6 +151,15 @@ def test_four_devices_of_many_processes_are_one(
   assert_same_training(tmp_path, alone)
 
 
+@pytest.mark.slow
+def test_hosts_save_in_parts_what_exceeds_their_memory(tmp_path, alone):
+  words = '--config.checkpoint.max_host_gb=1e-4'
+  said = assert_all_end(train(tmp_path, words, processes=2), 0)
+  assert 'it is done in parts' in said[0]
+  assert 'it is done in parts' not in said[1]
+  assert_same_training(tmp_path, alone)
+
+
 def test_a_process_with_another_config_is_named_by_all(tmp_path):
   job = train(
     tmp_path,
