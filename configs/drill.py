@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> ConfigDict:
   c.model.num_cross_heads = c.model.num_self_heads = 4
   c.train.num_steps = 24
   c.train.batch_size = 12
-  c.train.max_nonfinite_steps = 3
+  c.train.max_skipped_steps = 3
   c.train.log_every = 4
   c.optimizer.learning_rate = 1e-2
   c.optimizer.schedule = 'cosine'
