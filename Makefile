@@ -4,7 +4,7 @@ BIN := .venv/bin
 # All of this is for CPUs; with libtpu installed JAX would look for a TPU first.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo demo-music demo-images demo-copy test test-all lint bench clean
+.PHONY: demo demo-music demo-images demo-copy test test-all lint bench audit clean
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -21,6 +21,11 @@ export JAX_PLATFORMS ?= cpu
 # And the TPU compiler, which needs no TPU.
 .venv/all: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
+	touch $@
+
+# What asks about packages is no part of them.
+.venv/audit: .venv/bin/python constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
 	touch $@
 
 demo: .venv/demo  ## train, evaluate and sample on real books, on a CPU
@@ -49,6 +54,9 @@ lint: .venv/dev  ## style, imports, types
 
 bench: .venv/dev  ## timings, as shares of this machine's matmul rate
 	$(BIN)/python tools/benchmark.py
+
+audit: .venv/audit  ## known vulnerabilities of the pinned packages
+	$(BIN)/python tools/audit.py
 
 clean:
 	rm -rf .venv runs
