@@ -26,6 +26,8 @@ import jax
 # JAX has no public way to its coordination service. And `jax.process_index`
 # would look for devices, those of all.
 from jax._src import distributed as jax_distributed
+from jax._src import xla_bridge
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
 from perceiver_ar import roll_call
 from perceiver_ar.errors import MISTAKE, HostsError, UserError
@@ -82,8 +84,11 @@ def join(place: Place, seconds: float) -> None:
   names = roll_call.call(
     place.address, place.process_id, place.num_processes, seconds
   )
-  host, port = place.address.rsplit(':', 1)
-  bind = place.address if roll_call.is_loopback(host) else f'[::]:{port}'
+  host, port = roll_call.parts(place.address)
+  is_local = roll_call.is_loopback(host)
+  bind = place.address if is_local else f'[::]:{port}'
+  if is_local:
+    _keep_collectives_to(host)
   jax.distributed.initialize(
     place.address,
     place.num_processes,
@@ -96,6 +101,24 @@ def join(place: Place, seconds: float) -> None:
     coordinator_bind_address=bind,
   )
   _job.names = names
+
+
+def _keep_collectives_to(host: str) -> None:
+  """CPUs of a job on this machine do not listen where others could call.
+
+  JAX has them listen at the machine's own name, and no option for it.
+  """
+
+  def make_client() -> Any:
+    collectives = None
+    if getattr(jax.config, 'jax_cpu_collectives_implementation') == 'gloo':  # noqa: B009
+      client = jax_distributed.global_state.client
+      collectives = _jax.make_gloo_tcp_collectives(client, hostname=host)
+    return xla_bridge.make_cpu_client(collectives)
+
+  xla_bridge.register_backend_factory(
+    'cpu', make_client, priority=0, fail_quietly=False
+  )
 
 
 def me() -> str:

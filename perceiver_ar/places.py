@@ -5,6 +5,7 @@ By flags, by what TPU VMs, GKE and SLURM say, or alone.
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 # What JAX knows of clusters has no public name.
@@ -83,7 +84,7 @@ def _place_of_flags(
       '--num_processes and --process_id; give all three, or none'
     )
   host, _, port = address.rpartition(':')
-  if not host or not port.isdecimal():
+  if not host or not re.fullmatch('[0-9]{1,5}', port) or int(port) >= 2**16:
     raise UserError(
       f'--coordinator={address} must be HOST:PORT, such as 10.0.0.1:8476'
     )

@@ -7,6 +7,7 @@ the port is JAX's.
 """
 
 import contextlib
+import ipaddress
 import json
 import socket
 import time
@@ -17,6 +18,7 @@ from perceiver_ar.errors import HostsError
 
 _BACKLOG = 4096  # hosts that may call at once
 _RETRY_SECONDS = 0.2
+_MOST_BYTES = 2**22  # of a line: names of all hosts
 _WORD_SECONDS = 5.0  # that a caller has to say who it is
 
 
@@ -34,13 +36,13 @@ def call(
   Raises:
     HostsError: not all came in time; it names those that did not.
   """
-  host, port = address.rsplit(':', 1)
+  host, port = parts(address)
   end = time.monotonic() + seconds
   if process_id:
-    verdict = _answer(host, int(port), process_id, num_processes, end)
+    verdict = _answer(host, port, process_id, num_processes, end)
   else:
     bound = host if is_loopback(host) else ''
-    verdict = _gather(bound, int(port), num_processes, end)
+    verdict = _gather(bound, port, num_processes, end)
   if verdict is None:
     raise HostsError(
       f'start: process 0 at {address} did not answer process {process_id} '
@@ -65,8 +67,18 @@ def missing_sentence(
   )
 
 
+def parts(address: str) -> tuple[str, int]:
+  """Host and port; an IPv6 address without its brackets."""
+  host, _, port = address.rpartition(':')
+  return host.removeprefix('[').removesuffix(']'), int(port)
+
+
 def is_loopback(host: str) -> bool:
-  return host == 'localhost' or host.startswith('127.')
+  """Whether only this machine hears what is said there."""
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == 'localhost'
 
 
 def _gather(
@@ -76,7 +88,8 @@ def _gather(
   names = {'0': socket.gethostname()}
   callers: dict[str, socket.socket] = {}
   try:
-    server = socket.create_server((host, port), backlog=_BACKLOG)
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    server = socket.create_server((host, port), family=family, backlog=_BACKLOG)
   except OSError as error:
     raise HostsError(
       f'start: process 0 cannot listen on port {port} ({error.strerror}); '
@@ -87,10 +100,11 @@ def _gather(
       server.settimeout(left)
       try:
         caller = heard.enter_context(server.accept()[0])
-        caller.settimeout(_WORD_SECONDS)
-        process, name = _introduced(_read(caller), num_processes)
-      except (OSError, ValueError, KeyError, TypeError):
+        told = _read(caller, _WORD_SECONDS)
+        process, name = _introduced(told, num_processes)
+      except (OSError, ValueError, KeyError, TypeError, RecursionError):
         continue  # who does not speak, or of something else, is not there
+      caller.settimeout(_WORD_SECONDS)
       names[process], callers[process] = name, caller
     for caller in callers.values():
       _write(caller, names)
@@ -103,7 +117,10 @@ def _introduced(told: Any, num_processes: int) -> tuple[str, str]:
   Raises:
     ValueError, KeyError, TypeError: it is no process of this job.
   """
-  if told['of'] != num_processes or not 0 < told['process'] < num_processes:
+  process = told['process']
+  if told['of'] != num_processes or type(process) is not int:
+    raise ValueError
+  if not 0 < process < num_processes:
     raise ValueError
   return str(told['process']), str(told['host'])
 
@@ -124,8 +141,7 @@ def _answer(
     ):
       _write(server, me)
       # Its verdict comes at its own end: it may have begun later.
-      server.settimeout(left + _WORD_SECONDS)
-      return _read(server)
+      return _read(server, left + _WORD_SECONDS)
     time.sleep(_RETRY_SECONDS)
   return None
 
@@ -135,6 +151,12 @@ def _write(to: socket.socket, value: Mapping[str, Any]) -> None:
     to.sendall(json.dumps(value).encode() + b'\n')
 
 
-def _read(source: socket.socket) -> Any:
-  with source.makefile('rb') as lines:
-    return json.loads(lines.readline())
+def _read(source: socket.socket, seconds: float) -> Any:
+  """One line, as JSON; OSError or ValueError if none comes in that time."""
+  line, end = b'', time.monotonic() + seconds
+  while not line.endswith(b'\n') and len(line) < _MOST_BYTES:
+    source.settimeout(max(end - time.monotonic(), 0.001))
+    if not (part := source.recv(2**16)):
+      break
+    line += part
+  return json.loads(line)

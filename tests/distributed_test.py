@@ -85,6 +85,8 @@ def test_chips_and_variables_tell_tpu_hosts_apart(environ, num_chips, kind):
     (('10.0.0.1:1', 2, None), 'all of --coordinator'),
     (('10.0.0.1', 2, 0), '--coordinator=10.0.0.1 must be HOST:PORT'),
     (('a:1', 2, 2), '--process_id=2 must be from 0 to 1'),
+    (('a:70000', 2, 0), '--coordinator=a:70000 must be HOST:PORT'),
+    (('a:٣', 2, 0), 'must be HOST:PORT'),
   ],
 )
 def test_half_a_place_is_refused(flags, named):
@@ -128,19 +130,64 @@ def test_the_roll_call_hears_no_strangers():
   address = f'127.0.0.1:{port}'
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(roll_call.call, address, 0, 2, 30)
-    for word in (b'', b'[]\n', b'{"process": 7, "of": 2, "host": "x"}\n'):
+    for word in (
+      *(b'', b'[]\n', b'[' * 5000 + b'\n', b'x' * 100_000),
+      b'{"process": 7, "of": 2, "host": "x"}\n',
+      b'{"process": 0.5, "of": 2, "host": "x"}\n',
+      b'{"process": true, "of": 2, "host": "x"}\n',
+    ):
       hang_up_after(port, word)
     second = pool.submit(roll_call.call, address, 1, 2, 30)
     assert first.result() == second.result() == [socket.gethostname()] * 2
 
 
-def hang_up_after(port, word):
+def test_a_stranger_who_never_ends_is_not_waited_for(monkeypatch):
+  monkeypatch.setattr(roll_call, '_WORD_SECONDS', 0.5)
+  port = free_port()
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(roll_call.call, f'127.0.0.1:{port}', 0, 2, 30)
+    stranger = pool.submit(drip, port)
+    second = pool.submit(roll_call.call, f'127.0.0.1:{port}', 1, 2, 30)
+    assert len(first.result()) == len(second.result()) == 2
+    assert stranger.result() < 5
+
+
+def drip(port):
+  """Says a little, time and again; for how long somebody listens."""
+  begin = time.monotonic()
+  with contextlib.suppress(OSError):
+    hang_up_after(port, b'x', seconds=8)
+  return time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+  ('address', 'expected', 'is_local'),
+  [
+    ('127.0.0.1:80', ('127.0.0.1', 80), True),
+    ('127.8.0.2:80', ('127.8.0.2', 80), True),
+    ('[::1]:80', ('::1', 80), True),
+    ('localhost:1', ('localhost', 1), True),
+    ('127.evil.example:80', ('127.evil.example', 80), False),
+    ('0.0.0.0:80', ('0.0.0.0', 80), False),
+    ('[fe80::1]:80', ('fe80::1', 80), False),
+  ],
+)
+def test_what_is_loopback_is_told_by_the_address(address, expected, is_local):
+  assert roll_call.parts(address) == expected
+  assert roll_call.is_loopback(expected[0]) == is_local
+
+
+def hang_up_after(port, word, seconds=0.0):
   while True:
     with (
       contextlib.suppress(ConnectionRefusedError),
       socket.create_connection(('127.0.0.1', port)) as stranger,
     ):
       stranger.sendall(word)
+      end = time.monotonic() + seconds
+      while time.monotonic() < end:
+        time.sleep(0.1)
+        stranger.sendall(word)
       return
     time.sleep(0.05)
 
