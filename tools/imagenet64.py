@@ -8,6 +8,7 @@ arrays, pickled or as .npz.
 import dataclasses
 import functools
 import io
+import os
 import re
 import tarfile
 import zipfile
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import archives
+import array_pickles
 import encoded_parts
 import image_files
 import numpy as np
-import official_files
 import preparation
 import source_files
 
@@ -109,10 +111,13 @@ def _tar_members(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
       tarfile.open(path, 'r:') as tar,
       Progress(f'list {path.name}', megabytes, 'MiB') as bar,
     ):
-      done = 0
+      done = last = 0
       while (member := tar.next()) is not None:
         # There are more than a million, and it would keep them all.
         setattr(tar, 'members', [])  # noqa: B010
+        if tar.offset <= last:  # as sizes below 0 have it, for ever
+          raise tarfile.ReadError(f'{member.name!r} goes back')
+        last = tar.offset
         _check_member(path, member)
         bar.advance((tar.offset >> 20) - done)
         done = tar.offset >> 20
@@ -123,7 +128,9 @@ def _tar_members(path: Path) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
       block = image_files.read_bytes(where, tar.offset, tarfile.BLOCKSIZE)
       if block != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError('it has no end')
-  except (tarfile.TarError, OSError, EOFError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # of a damaged one, anything
     raise UserError(
       f'{path} is no readable tar ({error}); unpack it if it is compressed, '
       'or download it again'
@@ -194,12 +201,14 @@ def _find_batches(folder: Path) -> list[_Batch]:
 def _batches_in(path: Path) -> list[_Batch]:
   try:
     with zipfile.ZipFile(path) as file:
+      archives.check_zip(path, file, path.stat().st_size)
       members = file.namelist()
-  except (zipfile.BadZipFile, OSError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # of a damaged one, anything
     raise UserError(
       f'{path} is no readable zip ({error}); download it again'
     ) from error
-  source_files.check_members(path, members)
   batches = []
   for member in members:
     if matched := _BATCH.fullmatch(PurePosixPath(member).name):
@@ -238,12 +247,17 @@ def _load_batch(path: str, member: str) -> np.ndarray:
   try:
     with _opened(path, member) as file:
       if (member or path).endswith('.npz'):
+        with zipfile.ZipFile(file) as archive:
+          size = file.seek(0, os.SEEK_END)
+          archives.check_zip(Path(place), archive, size)
+        file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
           data = arrays['data']
       else:
-        data = official_files.ArraysOnly(file, encoding='latin1').load()['data']
+        data = array_pickles.load(file, encoding='latin1')['data']
   except UserError as error:
-    raise UserError(f'{place} {error}; download it again') from error
+    said = str(error).removeprefix(f'{place} ')
+    raise UserError(f'{place} {said}; download it again') from error
   except Exception as error:  # a damaged file raises anything
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise UserError(
@@ -256,7 +270,7 @@ def _load_batch(path: str, member: str) -> np.ndarray:
       f'{place} has data of shape {shape} and type {dtype}, not (N, {size}) '
       'and uint8; give the 64x64 edition'
     )
-  return data
+  return np.asarray(data)
 
 
 def _opened(path: str, member: str) -> BinaryIO:

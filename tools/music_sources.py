@@ -12,11 +12,11 @@ import io
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import archives
 import preparation
 import source_files
 
@@ -111,13 +111,7 @@ def read(source: list[str], limit: int) -> bytes:
     ) from error
   except KeyError as error:
     raise UserError('it is not in the zip file; get it again') from error
-  except (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,  # encrypted
-  ) as error:
+  except Exception as error:  # of a damaged or encrypted one, anything
     raise UserError(
       f'it cannot be read from the zip file ({error}); get it again'
     ) from error
@@ -138,13 +132,15 @@ def _open(path: Path) -> Place:
     )
   try:
     with zipfile.ZipFile(path) as file:
+      archives.check_zip(path, file, path.stat().st_size)
       names = [info.filename for info in file.infolist() if not info.is_dir()]
-  except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # of a damaged one, anything
     raise UserError(
       f'--input={path} is no zip file ({error}); give a folder with MIDI '
       'files, or a zip of one'
     ) from error
-  source_files.check_members(path, names)
   return Place(path, True, frozenset(names))
 
 
@@ -181,7 +177,14 @@ def _splits(
 ) -> dict[str, str]:
   try:
     rows = parse(content.decode())
-  except (ValueError, KeyError, AttributeError, TypeError, csv.Error) as error:
+  except (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+    csv.Error,
+  ) as error:
     raise UserError(
       f'{name} is not the list of a MAESTRO edition ({error}); it must have '
       'the columns split and midi_filename'
@@ -193,8 +196,8 @@ def _splits(
         f'{name} says that {file} is of the split {split!r}; it must be one of '
         f'{", ".join(source_files.SPLITS)}'
       )
-    parts = str(file).split('/')
-    if not file or '..' in parts or not parts[0] or '\\' in str(file):
+    parts = file.split('/') if isinstance(file, str) else ['']
+    if not parts[0] or '..' in parts or {'\\', '\0'} & set(file):
       raise UserError(
         f'{name} lists {file!r}, which is no file beside it; get it again'
       )

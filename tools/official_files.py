@@ -2,20 +2,19 @@
 
 Two formats hold them: an .npz with the weights as `p/MODULE/LEAF` (gradients
 as `g/...`, a `config` in JSON, and inputs with what the model made of them),
-and the pickled checkpoints, nested dicts of module -> leaf -> array. A pickle
-can name any function and have it called. Here it can name those that make a
-numpy array or a plain container, and nothing else.
+and the pickled checkpoints, nested dicts of module -> leaf -> array.
 """
 
-import collections
 import dataclasses
 import io
 import json
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import archives
+import array_pickles
 import numpy as np
 
 from perceiver_ar.errors import UserError
@@ -48,8 +47,13 @@ class Published:
 def read_npz(path: Path) -> Published:
   content = io.BytesIO(_read(path))
   try:
+    with zipfile.ZipFile(content) as archive:
+      archives.check_zip(path, archive, len(content.getbuffer()))
+    content.seek(0)
     with np.load(content, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
+  except UserError:
+    raise
   except Exception as error:  # a damaged file raises anything
     raise UserError(
       f'{path} is no .npz of plain arrays ({_one_line(error)}); give a file '
@@ -76,7 +80,7 @@ def read_npz(path: Path) -> Published:
 def read_pickle(path: Path) -> Published:
   content = io.BytesIO(_read(path))
   try:
-    tree = ArraysOnly(content).load()
+    tree = array_pickles.load(content)
   except UserError as error:
     raise UserError(
       f'{path} {error}; pickle the parameters as nested dicts of numpy arrays'
@@ -132,82 +136,13 @@ def _read_config(array: np.ndarray | None, path: Path) -> dict[str, Any]:
     return {}
   try:
     config = json.loads(str(array))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(
       f"{path}: 'config' is not JSON ({error}); write it with json.dumps"
     ) from error
   if not isinstance(config, dict):
     raise UserError(f"{path}: 'config' is {config!r}; it must be an object")
   return config
-
-
-# What a pickle may name. A class or function of these modules cannot reach
-# anything but memory; `encode` is how old pickles spell bytes.
-
-
-def _encode(text: str, encoding: str) -> bytes:
-  if encoding not in ('latin1', 'latin-1'):
-    raise pickle.UnpicklingError(f'bytes in the encoding {encoding}')
-  return text.encode('latin1')
-
-
-def _from_buffer(
-  data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None
-) -> np.ndarray:
-  """Of protocol 5; `axes` comes with order K, from numpy 2.3 on."""
-  flat = np.frombuffer(data, dtype)
-  if axes is not None:
-    return flat.reshape(shape).transpose(axes)
-  return flat.reshape(shape, order=order)
-
-
-def _from_jax(function: Any, args: Any, state: Any, about: Any) -> np.ndarray:
-  """A jax.Array is a pickled numpy array and its type, which is dropped."""
-  del about
-  if function is not _RECONSTRUCT:
-    raise pickle.UnpicklingError('a jax array made by another function')
-  array = function(*args)
-  array.__setstate__(state)
-  return array
-
-
-_RECONSTRUCT: Any = np.zeros(1).__reduce__()[0]
-_SCALAR: Any = np.float32(0).__reduce__()[0]
-_ALLOWED: dict[tuple[str, str], Any] = {
-  ('numpy', 'ndarray'): np.ndarray,
-  ('numpy', 'dtype'): np.dtype,
-  ('numpy.core.multiarray', '_reconstruct'): _RECONSTRUCT,
-  ('numpy._core.multiarray', '_reconstruct'): _RECONSTRUCT,
-  ('numpy.core.multiarray', 'scalar'): _SCALAR,
-  ('numpy._core.multiarray', 'scalar'): _SCALAR,
-  ('numpy.core.numeric', '_frombuffer'): _from_buffer,
-  ('numpy._core.numeric', '_frombuffer'): _from_buffer,
-  ('jax._src.array', '_reconstruct_array'): _from_jax,
-  ('jax._src.device_array', 'reconstruct_device_array'): _from_jax,
-  ('_codecs', 'encode'): _encode,
-  ('collections', 'OrderedDict'): collections.OrderedDict,
-  ('builtins', 'dict'): dict,
-  ('builtins', 'list'): list,
-  ('builtins', 'tuple'): tuple,
-  ('__builtin__', 'dict'): dict,
-  ('__builtin__', 'list'): list,
-  ('__builtin__', 'tuple'): tuple,
-}
-
-
-class ArraysOnly(pickle.Unpickler):
-  """Reads numpy arrays in plain containers, and refuses all else.
-
-  A UserError names what it has met; who called it adds the file and the remedy.
-  """
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in _ALLOWED:
-      raise UserError(
-        f'names the global {module}.{name}, and only numpy arrays in plain '
-        'containers are read'
-      )
-    return _ALLOWED[module, name]
 
 
 def _parameter_dicts(
@@ -237,7 +172,7 @@ def _leaves(modules: Mapping[Any, Any], path: Path) -> dict[str, np.ndarray]:
           f'{path}: weight {module}/{leaf} is a {type(array).__name__}; it '
           'must be an array'
         )
-      weights[f'{module}/{leaf}'] = array
+      weights[f'{module}/{leaf}'] = np.asarray(array)
   return weights
 
 

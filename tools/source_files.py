@@ -7,6 +7,7 @@ no folder of their own, and out of everything if there is no train/ either.
 """
 
 import os
+import stat as file_mode
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -44,6 +45,11 @@ def files_below(folder: Path) -> list[str]:
   """Names of all files, relative to the folder, with / between the parts.
 
   They are sorted. What is hidden, a name that begins with a dot, is left out.
+  Links are followed to files, which may be on another disk, not to folders.
+
+  Raises:
+    UserError: one cannot be read, or is a pipe or a device: reading that may
+      never end.
   """
 
   def refuse(error: OSError) -> None:
@@ -56,10 +62,22 @@ def files_below(folder: Path) -> list[str]:
   for parent, folders, names in os.walk(folder, onerror=refuse):
     folders[:] = [name for name in folders if not name.startswith('.')]
     below = Path(parent).relative_to(folder)
-    found += [
-      (below / name).as_posix() for name in names if not name.startswith('.')
-    ]
+    names = [name for name in names if not name.startswith('.')]
+    for name in names:
+      _check_plain(Path(parent) / name)
+    found += [(below / name).as_posix() for name in names]
   return sorted(found)
+
+
+def _check_plain(path: Path) -> None:
+  try:
+    mode = path.stat().st_mode
+  except OSError:  # reading it will say why
+    return
+  if not file_mode.S_ISREG(mode):
+    raise UserError(
+      f'{path} is a pipe, a socket or a device, and no file; move it elsewhere'
+    )
 
 
 def stamp(path: Path) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -116,6 +117,8 @@ def naming(path: Path | str) -> Iterator[None]:
     EOFError,
     RuntimeError,
     NotImplementedError,
+    UnicodeDecodeError,  # in names of members
+    struct.error,
   ) as error:
     raise UserError(
       f'{path} cannot be unpacked ({error}); download it again'

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import archives
 import encoded_parts
 import preparation
 import source_files
@@ -217,7 +218,7 @@ def _wikitext_files(folder: Path) -> dict[str, Articles]:
 def _wikitext_zip(path: Path) -> dict[str, Articles]:
   per_split = {}
   with text_places.naming(path), zipfile.ZipFile(path) as archive:
-    source_files.check_members(path, archive.namelist())
+    archives.check_zip(path, archive, path.stat().st_size)
     for split, name in _WIKITEXT_FILES.items():
       members = [
         member

@@ -533,7 +533,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(
 
 def test_no_function_may_be_called_through_a_jax_array(tool, tmp_path, capsys):
   rebuild = jax.numpy.ones(1).__reduce__()[0]
-  malice = _Malice(rebuild, dict, (), {}, {})
+  malice = _Malice(rebuild, np.dtype, ('f4',), {}, {})
   assert _import_pickle(tool, {'perceiver_ar/x': malice}, tmp_path) == 2
   assert 'a jax array made by another function' in capsys.readouterr().err
 
