@@ -117,7 +117,7 @@ def find_slice(topology: str) -> Slice:
 
 
 def _is_cuboid(generation: Generation, grid: str) -> bool:
-  if not re.fullmatch(r'\d+x\d+x\d+', grid):
+  if not re.fullmatch(r'[0-9]{1,4}x[0-9]{1,4}x[0-9]{1,4}', grid):
     return False
   sizes = [int(size) for size in grid.split('x')]
   return (

@@ -230,6 +230,11 @@ def _section(cls: Any, raw: Mapping[str, Any], section: str) -> Any:
 
 
 def _check_names(raw: Mapping[str, Any], known: list[str], prefix: str) -> None:
+  if not hasattr(raw, 'keys'):  # a ConfigDict is no Mapping
+    raise UserError(
+      f'config key {prefix}{known[0]} is missing, as {raw!r} has no keys; '
+      'start from configs/default.py, which lists every key'
+    )
   for name in raw:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -246,7 +251,7 @@ def _check_names(raw: Mapping[str, Any], known: list[str], prefix: str) -> None:
 
 
 def _typed(value: Any, kind: Any, key: str) -> Any:
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) < 2**63:
     return float(value)
   if kind == tuple[int, ...]:
     if isinstance(value, list | tuple) and all(type(v) is int for v in value):

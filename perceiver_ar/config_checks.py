@@ -136,6 +136,9 @@ def _check_ranges(config: Config) -> None:
       if section == 'mesh' or not isinstance(value, int | float):
         continue
       _require(value >= 0, f'config key {key} is {value}; it must be >= 0')
+      _require(
+        value < 2**63, f'config key {key} is {value}; it must be < 2**63'
+      )
       if name == 'seed':
         _require(
           value < 2**32, f'config key {key} is {value}; it must be < 2**32'

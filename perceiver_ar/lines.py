@@ -104,6 +104,6 @@ def read(path: epath.Path, key: str) -> list[tuple[bytes, Row]]:
 def _parse(line: bytes, key: str) -> Row | None:
   try:
     row = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
   return row if isinstance(row, dict) and key in row else None

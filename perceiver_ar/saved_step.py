@@ -82,9 +82,30 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     raise Damaged(folder, '_CHECKPOINT_METADATA has no manifest') from error
   if digest(manifest) != expected:
     raise Damaged(folder, '_CHECKPOINT_METADATA does not match its digest')
-  if manifest['step'] != int(folder.name):
-    raise Damaged(folder, f'it was saved as step {manifest["step"]}')
+  _check_manifest(folder, manifest)
   return manifest
+
+
+def _check_manifest(folder: epath.Path, manifest: Any) -> None:
+  """Raises Damaged if it is none: whoever wrote it wrote its digest, too."""
+  try:
+    step, loss, arrays = (manifest[k] for k in ('step', 'loss', 'arrays'))
+    for name, (dtype, shape, checksum) in arrays.items():
+      jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+      if not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        raise ValueError(f'{name} has the shape {shape}')
+      if type(checksum) is not str:
+        raise ValueError(f'{name} has the checksum {checksum!r}')
+    if loss is not None and type(loss) not in (int, float):
+      raise ValueError(f'the loss {loss!r}')
+    if type(manifest['config_sha256']) is not str:
+      raise ValueError('the config has no digest')
+  except Exception as error:  # whatever is there instead of numbers
+    raise Damaged(
+      folder, f'its manifest is none ({one_line(error)})'
+    ) from error
+  if step != int(folder.name):
+    raise Damaged(folder, f'it was saved as step {step}')
 
 
 def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from etils import epath
 from perceiver_ar import config as config_lib
 from perceiver_ar import distributed, paths
 from perceiver_ar.config import Config
-from perceiver_ar.data import codecs, tokens
+from perceiver_ar.data import codecs, layouts, stated, tokens
 from perceiver_ar.errors import UserError
 
 Path: TypeAlias = epath.PathLike
@@ -41,6 +41,15 @@ class Trained:
   fingerprint: str
   codec: tokens.Codec
   layout: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Data:
+  """What dataset.json says."""
+
+  fingerprint: str
+  vocabulary: dict[str, Any]
+  positions: dict[str, Any]
 
 
 def check(workdir: Path, config: Config, data: DataSet) -> None:
@@ -152,13 +161,10 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def read_trained(workdir: Path) -> Trained:
   folder = epath.Path(workdir)
   raw = _read(folder / 'dataset.json')
-  try:
-    vocabulary = tokens.Vocabulary(**raw['vocabulary'])
-    fingerprint, layout = raw['fingerprint'], raw['positions']
-  except (KeyError, TypeError) as error:
-    raise UserError(
-      f'{folder / "dataset.json"} lacks {error}; restore it from a copy'
-    ) from error
+  where = str(folder / 'dataset.json')
+  said = stated.read(_Data, raw, where, 'restore it from a copy')
+  fingerprint, layout = said.fingerprint, layouts.validated(said.positions)
+  vocabulary = tokens.read_vocabulary(said.vocabulary, where)
   codec = codecs.open_codec(vocabulary, layout, folder / 'vocabulary')
   return Trained(fingerprint=fingerprint, codec=codec, layout=layout)
 
@@ -189,7 +195,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     raise UserError(
       f'{path} does not exist; --workdir must be the folder of a run'
     ) from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(
       f'{path} is not JSON ({error}); restore it from a copy'
     ) from error

@@ -19,6 +19,8 @@ _SCALES = (1, 2, 4)  # tiles are cut from photographs reduced so many times
 _SUFFIXES = frozenset(
   ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.tif', '.tiff')
 )
+# Of these suffixes. Pillow knows more, and hands some to other programs.
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'PPM', 'TIFF')
 _MODES = frozenset(('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'))
 
 
@@ -141,7 +143,7 @@ def _open(path: str) -> Any:
   """A picture as it is meant to be held; cameras may save it turned."""
   import PIL.ImageOps
 
-  picture = image.open_image(image_files.read_bytes(path, 0, -1), None)
+  picture = image.open_image(image_files.read_bytes(path, 0, -1), _FORMATS)
   with image.reading():
     PIL.ImageOps.exif_transpose(picture, in_place=True)
   return picture

@@ -7,6 +7,10 @@ from etils import epath
 from perceiver_ar.data import image, music, text, tokens
 from perceiver_ar.errors import UserError
 
+_FILES = {
+  codec.kind: codec.file
+  for codec in (text.SentencePieceCodec, text.TokenizersCodec)
+}
 _MUSIC = {f'events{number}': number for number in music.VOCABULARIES}
 
 
@@ -15,8 +19,20 @@ def open_codec(
   layout: dict[str, Any],
   folder: epath.PathLike,
 ) -> tokens.Codec:
-  """The codec that the data set in this folder was prepared with."""
-  codec = _open(vocabulary, layout, epath.Path(folder))
+  """The codec that the data set in this folder was prepared with.
+
+  Raises:
+    UserError: its file is not the one that the vocabulary names, or is no
+      file of this folder.
+  """
+  folder = epath.Path(folder)
+  if vocabulary.file != _FILES.get(vocabulary.kind, vocabulary.file):
+    raise UserError(
+      f'{folder}: vocabulary {vocabulary.kind!r} is said to be in the file '
+      f'{vocabulary.file!r}, where none of this kind is; prepare the data set '
+      'again'
+    )
+  codec = _open(vocabulary, layout, folder)
   if (codec.vocab_size, codec.sha256) != (vocabulary.size, vocabulary.sha256):
     raise UserError(
       f'{folder}: the vocabulary is not the one that the manifest names (size '

@@ -17,6 +17,9 @@ from perceiver_ar.errors import UserError
 
 _NUM_VALUES = 256
 _CHANNELS = 3  # red, green, blue
+# Sub-pixels that a byte of a file may become; nothing deflates further.
+_MOST_PER_BYTE = 1100
+_FREE = 2**24  # that any file may have
 # Where nothing is drawn yet, in the manner of picture editors.
 _BOARD = (96, 160)
 _BOARD_FIELDS = 16  # along a side
@@ -147,19 +150,26 @@ def import_pillow() -> Any:
   return PIL.Image
 
 
-def open_image(data: bytes, formats: Sequence[str] | None) -> Any:
+def open_image(data: bytes, formats: Sequence[str]) -> Any:
   """A file as a Pillow image; pixels are not read before they are used.
 
   Raises:
-    UserError: it is in none of the formats (None: all that Pillow knows), or
-      damaged, or has so many pixels that it may be made to fill the memory.
+    UserError: it is in none of these formats of Pillow's, or damaged, or has so
+      many pixels that it may be made to fill the memory.
   """
   pillow = import_pillow()
   with reading(), warnings.catch_warnings():
     warnings.simplefilter('ignore')
     warnings.simplefilter('error', pillow.DecompressionBombWarning)
+    image = pillow.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height * _CHANNELS > max(_FREE, _MOST_PER_BYTE * len(data)):
+      raise UserError(
+        f'this is no readable image (its {len(data):,} bytes claim to be '
+        f'{width}x{height} pixels)'
+      )
     # Reading alone would not look at the checksums in a PNG.
-    pillow.open(io.BytesIO(data), formats=formats).verify()
+    image.verify()
     return pillow.open(io.BytesIO(data), formats=formats)
 
 

@@ -24,12 +24,13 @@ from perceiver_ar.errors import UserError
 INDEX: dict[str, Any] = {'kind': 'index'}
 ORDERS = ('rgb', 'planes', 'permuted')
 _RASTER_KEYS = ('height', 'width', 'channels', 'order', 'seed')
+_MOST_FIRST = 2**30  # so that ids are int32 where it has a billion tokens
 _MOST_SUBPIXELS = 2**26  # a larger one is a mistake, and would fill the memory
 
 
 def validated(layout: dict[str, Any]) -> dict[str, Any]:
   """The same layout, a table of rows as an array, or a UserError."""
-  kind = layout.get('kind')
+  kind = layout.get('kind') if isinstance(layout, dict) else None
   if kind == 'index':
     return _checked_index(layout)
   if kind == 'raster':
@@ -39,15 +40,21 @@ def validated(layout: dict[str, Any]) -> dict[str, Any]:
       f'position layout {kind!r} is unknown; it must be index, table or raster'
     )
   try:
-    rows_TP = np.asarray(layout['rows'], np.int32)
-  except (KeyError, ValueError):
+    rows_TP = np.asarray(layout['rows'])
+  except (KeyError, ValueError, TypeError, OverflowError):
     rows_TP = np.zeros((0,), np.int32)
-  if rows_TP.ndim != 2 or not rows_TP.size or rows_TP.min() < 1:
+  if (
+    rows_TP.ndim != 2
+    or not rows_TP.size
+    or rows_TP.dtype.kind not in 'iu'
+    or rows_TP.min() < 1
+    or rows_TP.max() >= 2**31
+  ):
     raise UserError(
       'position layout table needs rows of equally many ids, all at least 1; '
       'prepare the data set again'
     )
-  return {'kind': 'table', 'rows': rows_TP}
+  return {'kind': 'table', 'rows': rows_TP.astype(np.int32)}
 
 
 def positions(layout: dict[str, Any], indices_T: np.ndarray) -> np.ndarray:
@@ -133,10 +140,10 @@ def _raster_rows(
 
 def _checked_index(layout: dict[str, Any]) -> dict[str, Any]:
   first = _first(layout)
-  if type(first) is not int or first < 1:
+  if type(first) is not int or not 1 <= first < _MOST_FIRST:
     raise UserError(
-      f"position layout index has 'first': {first!r}, which must be at least "
-      '1; prepare the data set again'
+      f"position layout index has 'first': {first!r}, which must be from 1 to "
+      f'{_MOST_FIRST - 1}; prepare the data set again'
     )
   return layout
 

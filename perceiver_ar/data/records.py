@@ -12,20 +12,22 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from perceiver_ar import paths
-from perceiver_ar.data import codecs, layouts, tokens
+from perceiver_ar.data import codecs, layouts, stated, tokens
 from perceiver_ar.errors import UserError
 
 MANIFEST = 'manifest.json'
 VERSION = 3
 _OTHER = 'it is not what was written'
+_REMEDY = 'prepare the data set again'
+_SPLIT = re.compile(r'[A-Za-z0-9_-]+')  # a name of files, so of no others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,23 +76,29 @@ class Manifest:
     """Reads what `to_json` wrote; `path` is only for messages."""
     try:
       raw = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+      raise UserError(f'{path} is not JSON ({error}); {_REMEDY}') from error
+    if isinstance(raw, dict) and raw.get('version') != VERSION:
       raise UserError(
-        f'{path} is not JSON ({error}); prepare the data set again'
-      ) from error
-    _check_keys(cls, raw, path)
-    if raw['version'] != VERSION:
-      raise UserError(
-        f'{path} has version {raw["version"]!r}, and this program reads '
-        f'{VERSION}; prepare the data set again'
+        f'{path} has version {raw.get("version")!r}, and this program reads '
+        f'{VERSION}; {_REMEDY}'
       )
-    _check_keys(tokens.Vocabulary, raw['vocabulary'], path)
-    _check_keys(None, raw['splits'], path)
-    for split in raw['splits'].values():
-      _check_keys(Split, split, path)
-    splits = {name: Split(**split) for name, split in raw['splits'].items()}
-    vocabulary = tokens.Vocabulary(**raw['vocabulary'])
-    return cls(**{**raw, 'vocabulary': vocabulary, 'splits': splits})
+    said = stated.read(_Raw, raw, str(path), _REMEDY)
+    vocabulary = tokens.read_vocabulary(said.vocabulary, str(path))
+    if said.dtype != token_dtype(vocabulary.size).name:
+      raise UserError(
+        f'{path}: dtype is {said.dtype!r}, and tokens of a vocabulary of '
+        f'{vocabulary.size} are {token_dtype(vocabulary.size).name}; {_REMEDY}'
+      )
+    splits = {}
+    for name, split in said.splits.items():
+      if not _SPLIT.fullmatch(name):
+        raise UserError(
+          f'{path} names the split {name!r}, which is no name of files beside '
+          f'it; {_REMEDY}'
+        )
+      splits[name] = stated.read(Split, split, f'{path}: {name}', _REMEDY)
+    return cls(**vars(said) | {'vocabulary': vocabulary, 'splits': splits})
 
   @classmethod
   def load(cls, folder: Path) -> 'Manifest':
@@ -101,7 +109,8 @@ class Manifest:
         'tools/prepare_*.py'
       )
     try:
-      content = path.read_text()
+      with _opened(path) as file:
+        content = file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(
         f'{folder} is no prepared data set ({MANIFEST} is missing or '
@@ -112,6 +121,19 @@ class Manifest:
 
 class DamagedRecord(UserError):  # noqa: N818 (it is a state)
   """A record is not what was written; others of its file may be sound."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Raw:
+  """The fields of `Manifest` as JSON has them."""
+
+  version: int
+  kind: str
+  variant: str
+  vocabulary: dict[str, Any]
+  positions: dict[str, Any]
+  dtype: str
+  splits: dict[str, dict[str, Any]]
 
 
 class Documents:
@@ -234,22 +256,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-def _check_keys(cls: Any, raw: Any, path: Path) -> None:
-  """Refuses JSON that is no object, or not one with just a class's fields."""
-  if not isinstance(raw, Mapping):
-    raise UserError(
-      f'{path} has {raw!r} where an object belongs; prepare the data set again'
-    )
-  if cls is None:
-    return
-  known = {field.name for field in dataclasses.fields(cls)}
-  if wrong := sorted(known ^ set(raw)):
-    raise UserError(
-      f'{path}: {", ".join(wrong)} unknown or missing; prepare the data set '
-      'again'
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _List:
   """The list of documents in columns: there may be millions of them."""
@@ -272,18 +278,23 @@ def _read_list(path: Path, about: Split) -> _List:
   columns: list[tuple[int, ...]] = []
   hashed = hashlib.sha256()
   try:
-    with path.open('rb') as lines:
+    with _opened(path) as lines:
       for line in lines:
         hashed.update(line)
         raw = json.loads(line)
         names.append(raw['name'])
         each = (raw['counts'][unit] for unit in about.counts)
         columns.append((raw['num_tokens'], raw['crc32'], *each))
-    table = np.array(columns, np.int64).reshape(-1, 2 + len(about.counts))
-  except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+    table = _table(names, columns, 2 + len(about.counts))
+  except (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RecursionError,
+  ) as error:
     raise UserError(
-      f'{path} cannot be read ({error}); restore it or prepare the data set '
-      'again'
+      f'{path} cannot be read ({error}); restore it or {_REMEDY}'
     ) from error
   if hashed.hexdigest() != about.list_sha256:
     raise UserError(
@@ -292,6 +303,24 @@ def _read_list(path: Path, about: Split) -> _List:
     )
   counts = {unit: table[:, i + 2] for i, unit in enumerate(about.counts)}
   return _List(names, table[:, 0], counts, table[:, 1])
+
+
+def _opened(path: Path) -> BinaryIO:
+  if path.exists() and not path.is_file():  # to open a pipe may never end
+    raise OSError('it is no file')
+  return path.open('rb')
+
+
+def _table(
+  names: list[str], columns: list[tuple[int, ...]], width: int
+) -> np.ndarray:
+  """Of millions of lines, checked as a whole; ValueError if one is wrong."""
+  table = np.array(columns or np.zeros((0, width), np.int64))
+  if table.dtype != np.int64 or table.ndim != 2 or table.min(initial=0) < 0:
+    raise ValueError('lengths and counts must be whole numbers from 0 on')
+  if not all(type(name) is str for name in names):
+    raise ValueError('a name is no string')
+  return table
 
 
 def _check_size(path: Path, about: Split) -> None:

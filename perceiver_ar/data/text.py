@@ -18,6 +18,7 @@ from perceiver_ar.errors import UserError
 SENTENCEPIECE_FILE = 'sentencepiece.model'
 TOKENIZER_FILE = 'tokenizer.json'
 UNKNOWN = 3  # of our sentencepiece; byte fallback leaves it without use
+_MOST_SUBWORDS = 2**21  # eight times what the largest models have
 _REPLACEMENT = '\ufffd'  # where bytes are no text
 
 
@@ -180,7 +181,10 @@ class SentencePieceCodec(SubwordCodec):
     spm = import_sentencepiece()
     try:
       processor = spm.SentencePieceProcessor(model_proto=self.model)
-    except RuntimeError as error:
+      # Of no model, or of pieces that are no text, only this says so.
+      processor.encode('a')
+      processor.id_to_piece(list(range(processor.vocab_size())))
+    except Exception as error:  # of a damaged one, anything
       raise UserError(
         f'{path} is no sentencepiece model ({error}); check the file, or '
         'prepare the data set again'
@@ -246,6 +250,11 @@ class TokenizersCodec(SubwordCodec):
     self._tokenizer = tokenizer
     known = set(tokenizer.get_vocab(with_added_tokens=True).values())
     self.vocab_size = max(known, default=-1) + 1 + self._offset
+    if self.vocab_size > _MOST_SUBWORDS:
+      raise UserError(
+        f'{path} has ids up to {max(known)}, and no vocabulary has more than '
+        f'{_MOST_SUBWORDS:,}; check the file, or prepare the data set again'
+      )
     added = tokenizer.get_added_tokens_decoder()
     usable = known - {i for i, token in added.items() if token.special}
     unknown = getattr(tokenizer.model, 'unk_token', None)

@@ -5,9 +5,12 @@ A symbol s (a byte, a pitch, a brightness) is the token s + NUM_RESERVED.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from perceiver_ar.data import stated
+from perceiver_ar.errors import UserError
 
 PAD, EOS, SOS = 0, 1, 2
 NUM_RESERVED = 3
@@ -21,6 +24,21 @@ class Vocabulary:
   size: int
   sha256: str
   file: str  # in its folder; '' if the kind says it all
+
+
+def read_vocabulary(raw: Any, where: str) -> Vocabulary:
+  """What JSON says of one; `where` is the file, for messages.
+
+  Raises:
+    UserError: it is of other fields or types, or of no size.
+  """
+  remedy = 'restore the file, or prepare the data set again'
+  found = stated.read(Vocabulary, raw, where, remedy)
+  if not NUM_RESERVED < found.size < 2**31:
+    raise UserError(
+      f'{where}: the vocabulary has the size {found.size}; {remedy}'
+    )
+  return found
 
 
 class Codec(Protocol):

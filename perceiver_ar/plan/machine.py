@@ -19,7 +19,7 @@ from perceiver_ar import chips
 from perceiver_ar.chips import Chip
 from perceiver_ar.errors import UserError
 
-_TOPOLOGY = re.compile(r'(\w+):(\d+(?:x\d+)*)')
+_TOPOLOGY = re.compile(r'(\w+):([0-9]{1,6}(?:x[0-9]{1,6}){0,3})')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,9 @@ def open_machine(topology: str, num_slices: int) -> Machine:
   Raises:
     UserError: there is no such chip or topology, or no compiler for it.
   """
-  found = _TOPOLOGY.fullmatch(topology)
-  if not found:
-    raise UserError(
-      f'--topology={topology} must name a chip and its grid, such as '
-      'v5p:4x4x8, v5e:16x16 or cpu:8'
-    )
+  name, sizes = parsed(topology)
   if num_slices < 1:
     raise UserError(f'--num_slices={num_slices} must be at least 1')
-  name, sizes = found[1], [int(size) for size in found[2].split('x')]
-  if 0 in sizes:
-    raise UserError(f'--topology={topology} has no devices; use sizes above 0')
   _stay_on_cpu()
   if name == 'cpu':
     devices = _cpu_devices(topology, sizes, num_slices)
@@ -72,8 +64,22 @@ def open_machine(topology: str, num_slices: int) -> Machine:
   else:
     chip = chips.find_chip(name)
     _check_grid(topology, chip, sizes)
-    devices = _tpu_devices(topology, found[2], chip, num_slices)
+    devices = _tpu_devices(topology, sizes, chip, num_slices)
   return Machine(topology, num_slices, chip, tuple(devices))
+
+
+def parsed(topology: str) -> tuple[str, list[int]]:
+  """The chip's name, and the sizes of its grid."""
+  found = _TOPOLOGY.fullmatch(topology)
+  if not found:
+    raise UserError(
+      f'--topology={topology} must name a chip and its grid, such as '
+      'v5p:4x4x8, v5e:16x16 or cpu:8'
+    )
+  sizes = [int(size) for size in found[2].split('x')]
+  if 0 in sizes:
+    raise UserError(f'--topology={topology} has no devices; use sizes above 0')
+  return found[1], sizes
 
 
 def _stay_on_cpu() -> None:
@@ -116,9 +122,10 @@ def _check_grid(topology: str, chip: Chip, sizes: list[int]) -> None:
 
 
 def _tpu_devices(
-  topology: str, grid: str, chip: Chip, num_slices: int
+  topology: str, sizes: list[int], chip: Chip, num_slices: int
 ) -> list[Any]:
   _check_libtpu()
+  grid = 'x'.join(map(str, sizes))
   more: dict[str, Any] = dict(chip.options)
   if num_slices > 1:
     more['num_slices'] = num_slices
@@ -135,7 +142,6 @@ def _tpu_devices(
   devices = sorted(
     described.devices, key=lambda d: getattr(d, 'slice_index', 0) or 0
   )
-  sizes = [int(size) for size in grid.split('x')]
   expected = math.prod(sizes) * chip.devices * num_slices
   assert len(devices) == expected, (len(devices), expected)
   return devices

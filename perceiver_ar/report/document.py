@@ -150,7 +150,7 @@ def _read_json(path: epath.Path, command: str) -> dict[str, Any] | None:
     return json.loads(path.read_text())
   except FileNotFoundError:
     return None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(
       f'{path} is not JSON ({error}); run perceiver-ar {command} again'
     ) from error

@@ -14,11 +14,11 @@ def section(folder: epath.Path, about: Mapping[str, Any]) -> str:
   """All samples of a folder, as its samples.json tells.
 
   Raises:
-    UserError: a file that it names is missing.
+    UserError: a file that it names is missing, or in another folder.
   """
   parts = [page.note(_how(about))]
   if 'grid' in about:
-    parts.append(_grid(folder / about['grid'], about))
+    parts.append(_grid(_beside(folder, about['grid']), about))
   for index, prompt in enumerate(about['prompts']):
     if 'file' in prompt:
       parts += _artifact(folder, prompt, f'prompt {prompt["name"]}')
@@ -67,19 +67,31 @@ def _grid(path: epath.Path, about: Mapping[str, Any]) -> str:
 def _artifact(
   folder: epath.Path, about: Mapping[str, Any], title: str
 ) -> list[str]:
-  path = folder / about['file']
+  path = _beside(folder, about['file'])
   heading = page.heading(path.name, title)
   if path.suffix == '.png':
     return []  # on the grid
   if path.suffix == '.txt':
     content = _read(path).decode(errors='replace')
     return [heading, page.verbatim(content)]
-  parts = [heading, _picture(folder / about['piano_roll'])]
+  parts = [heading, _picture(_beside(folder, about['piano_roll']))]
   link = f'{folder.name}/{path.name}'
   parts.append(page.link(link, 'MIDI file'))
   if 'audio' in about:
-    parts.append(page.audio(f'{folder.name}/{about["audio"]}'))
+    name = _beside(folder, about['audio']).name
+    parts.append(page.audio(f'{folder.name}/{name}'))
   return parts
+
+
+def _beside(folder: epath.Path, name: str) -> epath.Path:
+  """A file of the folder, and of no other: the page shows what is in it."""
+  path = folder / name
+  if path.name != name or path.parent != folder:
+    raise UserError(
+      f'{folder / "samples.json"} names {name!r}, which is no file beside it; '
+      'run perceiver-ar sample again'
+    )
+  return path
 
 
 def _picture(path: epath.Path) -> str:

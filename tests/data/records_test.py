@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import zlib
@@ -104,6 +105,20 @@ def test_the_manifest_survives_json(write_data):
     (lambda raw: raw.update(splits=[]), 'where an object belongs'),
     (lambda raw: raw.update(vocabulary=3), 'where an object belongs'),
     (lambda raw: raw.update(version=99), 'version 99'),
+    (lambda raw: raw.update(dtype='O'), "dtype is 'O'"),
+    (lambda raw: raw.update(kind=3), 'kind is 3 where a string belongs'),
+    (
+      lambda raw: raw['splits']['train'].update(longest=-1),
+      'longest is -1 where a whole number belongs',
+    ),
+    (
+      lambda raw: raw['splits'].update({'../x': raw['splits']['train']}),
+      r"manifest\.json names the split '\.\./x'",
+    ),
+    (
+      lambda raw: raw['splits'].update({'/etc/x': raw['splits']['train']}),
+      "the split '/etc/x', which is no name of files beside it",
+    ),
   ],
 )
 def test_a_manifest_of_another_form_is_refused(write_data, change, match):
@@ -289,3 +304,33 @@ def test_all_fields_are_counted(write_data):
   names = {field.name for field in dataclasses.fields(records.Split)}
   raw = json.loads((write_data([4]) / records.MANIFEST).read_text())
   assert set(raw['splits']['train']) == names
+
+
+@pytest.mark.parametrize('file', ['../../secret', '/etc/passwd', ''])
+def test_a_manifest_names_no_vocabulary_elsewhere(write_data, file):
+  folder = write_data([4])
+  raw = json.loads((folder / records.MANIFEST).read_text())
+  raw['vocabulary'] |= {'kind': 'tokenizers', 'file': file}
+  (folder / records.MANIFEST).write_text(json.dumps(raw))
+  with pytest.raises(UserError, match='where none of this kind is') as caught:
+    records.Documents(str(folder), 'train')
+  assert str(folder) in str(caught.value) and repr(file) in str(caught.value)
+
+
+def test_files_of_a_data_set_may_be_links(write_data, tmp_path):
+  """To another disk: all that is read of them is checked."""
+  folder = write_data([4, 9])
+  expected = records.Documents(str(folder), 'train')[1]
+  for name in ('train.array_record', 'train.jsonl', records.MANIFEST):
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+  assert (records.Documents(str(folder), 'train')[1] == expected).all()
+
+
+@pytest.mark.parametrize('name', [records.MANIFEST, 'train.jsonl'])
+def test_a_pipe_is_not_waited_for(write_data, name):
+  folder = write_data([4])
+  (folder / name).unlink()
+  os.mkfifo(folder / name)
+  with pytest.raises(UserError, match=name.replace('.', r'\.')):
+    records.Documents(str(folder), 'train')
