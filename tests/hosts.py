@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-HOST = '127.0.0.1'  # that processes of a job listen at
-
 # A process that never reaches the barrier of that name.
 _LATE = """
 import sys, time
@@ -64,7 +62,7 @@ def start_job(
     extra: words for each process alone.
     code: the folder that each has its packages from, before all others.
   """
-  place = [f'--coordinator={HOST}:{free_port()}']
+  place = [f'--coordinator=127.0.0.1:{free_port()}']
   place.append(f'--num_processes={processes}')
   return [
     start_process(

@@ -1,13 +1,15 @@
 """Jobs of one machine are heard on that machine alone."""
 
 import ipaddress
+import os
 import pathlib
 import socket
+import subprocess
 import sys
 import time
 
 import pytest
-from hosts import ends, free_port, start_job, start_process
+from hosts import ROOT, ends, free_port, start_job
 
 pytestmark = pytest.mark.skipif(
   not pathlib.Path('/proc/net/tcp').exists(), reason='sockets are seen in /proc'
@@ -42,13 +44,9 @@ def to_address(digits):
   words = [raw[i : i + 4] for i in range(0, len(raw), 4)]
   if sys.byteorder == 'little':
     words = [word[::-1] for word in words]
-  return ipaddress.ip_address(b''.join(words))
-
-
-def is_loopback(address):
-  # Of IPv4, seen by a socket of IPv6.
-  mapped = getattr(address, 'ipv4_mapped', None)
-  return (mapped or address).is_loopback
+  address = ipaddress.ip_address(b''.join(words))
+  # Of IPv4, at a socket of IPv6.
+  return getattr(address, 'ipv4_mapped', None) or address
 
 
 def watch(job, seconds=120):
@@ -73,32 +71,55 @@ def test_who_listens_is_seen(host):
     port = server.getsockname()[1]
   (address,) = (address for address, other in found if other == port)
   assert str(address) == host
-  assert is_loopback(address) == (host in ('127.0.0.1', '::1'))
+  assert address.is_loopback == (host in ('127.0.0.1', '::1'))
 
 
-def test_a_process_alone_listens_nowhere(tmp_path):
-  """Nor does one that is told it is the only one."""
-  place = [f'--coordinator=127.0.0.1:{free_port()}']
-  place += ['--num_processes=1', '--process_id=0']
-  words = [
-    *_TRAIN,
-    f'--workdir={tmp_path / "run"}',
-    '--config.train.num_steps=4',
+# Joins, makes its devices, and waits to be ended.
+_JOINED = """
+import sys
+from perceiver_ar import distributed, places
+address, number, process = sys.argv[1:]
+place = places.find_place(address, int(number), int(process), seconds=60)
+distributed.join(place, 60)
+import jax
+print(len(jax.devices()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+  ('host', 'processes'), [('127.0.0.1', 1), ('127.0.0.2', 2), ('[::1]', 2)]
+)
+def test_what_joins_on_loopback_listens_there_and_nowhere_else(host, processes):
+  """The collectives of CPUs included, whatever this machine is called."""
+  place = f'{host}:{free_port()}', str(processes)
+  job = [
+    subprocess.Popen(
+      [sys.executable, '-c', _JOINED, *place, str(process)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'},
+    )
+    for process in range(processes)
   ]
-  job = [start_process([*words, *place])]
-  seen = watch(job)
-  ((status, said),) = ends(job)
-  assert status == 0, said
-  assert not any(seen.values()), seen
+  try:
+    said = [child.stdout.readline().strip() for child in job if child.stdout]
+    assert said == [str(processes)] * processes
+    seen = [listening(child.pid) for child in job]
+  finally:
+    for child in job:
+      child.kill()
+      child.communicate()
+  for found in seen:
+    # Collectives listen in every process of several, and none in one alone.
+    assert bool(found) == (processes > 1)
+    assert {str(address) for address, _ in found} <= {host.strip('[]')}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('host', ['127.0.0.2', '[::1]'])
-def test_a_job_on_loopback_listens_there_and_nowhere_else(
-  tmp_path, monkeypatch, host
-):
-  """The collectives of CPUs included, whatever this machine is called."""
-  monkeypatch.setattr('hosts.HOST', host)
+def test_a_run_listens_nowhere_else_from_its_start_to_its_end(tmp_path):
   job = start_job(
     *_TRAIN,
     f'--workdir={tmp_path / "run"}',
@@ -108,9 +129,5 @@ def test_a_job_on_loopback_listens_there_and_nowhere_else(
   seen = watch(job, seconds=300)
   said = ends(job)
   assert [status for status, _ in said] == [0, 0], said
-  for found in seen.values():
-    assert found, 'collectives listen'
-    assert {str(address) for address, _ in found} <= {
-      host.strip('[]'),
-      f'::ffff:{host}',
-    }, found
+  found = set().union(*seen.values())
+  assert found and all(address.is_loopback for address, _ in found), found
