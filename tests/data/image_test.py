@@ -128,14 +128,14 @@ def make_png(mode, size=(_W, _H)):
   return out.getvalue()
 
 
-def huge_png():
-  """A few bytes that claim to be 60,000 points wide and high."""
+def claiming_png(width, height):
+  """A few bytes that claim to be so wide and high."""
 
   def chunk(kind, payload):
     crc = struct.pack('>I', zlib.crc32(kind + payload))
     return struct.pack('>I', len(payload)) + kind + payload + crc
 
-  header = struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   return (
     b'\x89PNG\r\n\x1a\n'
     + chunk(b'IHDR', header)
@@ -163,7 +163,8 @@ def in_format(name):
     (image.png(make_pixels())[:-40], 'no readable image'),
     (flipped(image.png(make_pixels())), 'no readable image'),
     (in_format('JPEG'), 'no readable image'),
-    (huge_png(), 'no readable image.*exceeds limit'),
+    (claiming_png(60_000, 60_000), 'no readable image.*exceeds limit'),
+    (claiming_png(9_000, 9_000), 'bytes claim to be 9000x9000 pixels'),
     (make_png('RGB', (9, 7)), 'PNG of 9x7 in mode RGB; it must be 9x6'),
     (make_png('L'), 'PNG of 9x6 in mode L'),
     (make_png('RGBA'), 'PNG of 9x6 in mode RGBA'),

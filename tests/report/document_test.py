@@ -424,3 +424,21 @@ def test_the_host_that_waits_most_is_named(run):
   content = write(run)
   assert 'waiting for data, %' in content
   assert 'Of 3 processes, 2 waited most for data: 50.0%' in content
+
+
+@pytest.mark.parametrize('name', ['../../secret.txt', '/etc/passwd', '..', ''])
+@pytest.mark.parametrize('key', ['file', 'piano_roll', 'audio', 'grid'])
+def test_the_page_shows_no_file_of_another_folder(run, key, name):
+  folder = run / 'samples'
+  sample(run, [])
+  for file in ('sample-0.mid', 'sample-0.png'):
+    (folder / file).write_bytes(b'x')
+  one = {'file': 'sample-0.mid', 'prompt': 0, 'num_tokens': 9, 'ended': True}
+  one['piano_roll'] = 'sample-0.png'
+  about = json.loads((folder / 'samples.json').read_text())
+  about['samples'] = [one]
+  (about if key == 'grid' else one)[key] = name
+  (folder / 'samples.json').write_text(json.dumps(about))
+  with pytest.raises(UserError, match=r'samples\.json names') as caught:
+    write(run)
+  assert repr(name) in str(caught.value)
