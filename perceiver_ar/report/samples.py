@@ -86,7 +86,7 @@ def _artifact(
 def _beside(folder: epath.Path, name: str) -> epath.Path:
   """A file of the folder, and of no other: the page shows what is in it."""
   path = folder / name
-  if path.name != name or path.parent != folder:
+  if path.name != name or path.parent != folder or name == '..':
     raise UserError(
       f'{folder / "samples.json"} names {name!r}, which is no file beside it; '
       'run perceiver-ar sample again'

@@ -553,7 +553,7 @@ def test_bad_pictures_are_named(source, tmp_path, options):
     'program.png': (saved(PIL.Image.new('RGB', (99, 99)), 'EPS'), 'no read'),
   }
   good = photograph(0, (64, 64))
-  files = {f'good {i}.png': good for i in range(500)}
+  files = {f'good {i}.png': good for i in range(600)}
   (source / 'gone.png').symlink_to('nowhere')
   write_folder(source, files | {name: data for name, (data, _) in bad.items()})
   assert prepare(source, tmp_path / 'set', *options) == 0
