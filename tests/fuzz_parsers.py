@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import pathlib
@@ -266,6 +267,12 @@ def _positions_hold(layout: dict[str, Any]) -> None:
 
 def _documents(folder: Path) -> tuple[mutations.Make, Parse]:
   """The list of the documents of a split."""
+  about = [
+    {'name': 'a', 'num_tokens': 5, 'crc32': 1, 'counts': {'bytes': 3}},
+    {'name': 'b', 'num_tokens': 4, 'crc32': 2, 'counts': {'bytes': 2}},
+  ]
+  one = mutations.of_json(about)
+  sound = [json.dumps(line).encode() for line in about]
   split = records.Split(
     num_documents=2,
     num_rejected=0,
@@ -274,13 +281,8 @@ def _documents(folder: Path) -> tuple[mutations.Make, Parse]:
     longest=5,
     file_size=0,
     sha256='',
+    list_sha256=hashlib.sha256(b'\n'.join(sound) + b'\n').hexdigest(),
   )
-  about = [
-    {'name': 'a', 'num_tokens': 5, 'counts': {'bytes': 3}},
-    {'name': 'b', 'num_tokens': 4, 'counts': {'bytes': 2}},
-  ]
-  one = mutations.of_json(about)
-  sound = [json.dumps(line).encode() for line in about]
   path = folder / 'train.jsonl'
 
   def make(rng: random.Random) -> bytes:

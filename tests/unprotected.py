@@ -25,8 +25,13 @@ from perceiver_ar.data import records
 from perceiver_ar.drill import victim
 
 
+def _replace(owner, name, value):
+  assert hasattr(owner, name), name
+  setattr(owner, name, value)
+
+
 def forgets_what_was_saved():
-  checkpoint.Checkpoints.restore_newest = lambda *_: None
+  _replace(checkpoint.Checkpoints, 'restore_newest', lambda *_: None)
 
 
 def keeps_rows_that_come_again():
@@ -34,11 +39,11 @@ def keeps_rows_that_come_again():
 
 
 def knows_no_signals():
-  stopping.Stop.on_signals = lambda _: contextlib.nullcontext()
+  _replace(stopping.Stop, 'on_signals', lambda _: contextlib.nullcontext())
 
 
 def never_looks_up():
-  watchdog.Watchdog._watch = lambda _: None
+  _replace(watchdog.Watchdog, '_watch', lambda _: None)
 
 
 def names_nobody():
@@ -75,7 +80,11 @@ def believes_every_checksum():
 
 
 def does_not_ask_whether_it_is_saved():
-  checkpoint.Checkpoints._saving = lambda _: contextlib.suppress(Exception)
+  _replace(
+    checkpoint.Checkpoints,
+    '_saving',
+    lambda _: contextlib.suppress(Exception),
+  )
 
 
 def takes_any_gradient():
@@ -83,7 +92,7 @@ def takes_any_gradient():
 
 
 def skips_for_ever():
-  train._Loop._check_skipped = lambda *_: None
+  _replace(train._Loop, '_check_skipped', lambda *_: None)
 
 
 def explains_nothing():
