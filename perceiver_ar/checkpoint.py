@@ -15,19 +15,19 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Self, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from perceiver_ar import config as config_lib
 from perceiver_ar import distributed, host_memory, journal, paths, saved_step
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
 from perceiver_ar.errors import SaveError, UserError
+from perceiver_ar.preservation import Preservation
 from perceiver_ar.saved_step import Damaged
 
 Path: TypeAlias = epath.PathLike
@@ -51,6 +51,7 @@ class Checkpoints:
     self._saved: tuple[int, host_memory.Meter] | None = None
     self._config = config
     self._workdir = paths.absolute(workdir)
+    saved_step.shorten_complaints()
     saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
     self._losses = {
@@ -76,7 +77,7 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         # A damaged step must not keep the manager from starting.
         lightweight_initialize=True,
-        preservation_policy=_Preservation(self._config, self._losses),
+        preservation_policy=Preservation(self._config, self._losses),
       ),
     )
 
@@ -331,39 +332,6 @@ def saved_steps(workdir: Path) -> list[int]:
   folder = epath.Path(workdir) / _CHECKPOINTS
   names = [path.name for path in ocp.path.step.checkpoint_steps_paths(folder)]
   return sorted(int(name) for name in names if name.isdecimal())
-
-
-@dataclasses.dataclass
-class _Preservation(checkpoint_managers.PreservationPolicy):
-  """Keeps the newest step, the newest and all of some regular ones, the best.
-
-  Orbax's own BestN keeps steps without a metric forever by default, counts
-  them as best while there are few, and reads the metrics of damaged steps.
-  """
-
-  config: CheckpointConfig
-  losses: Mapping[int, float]
-
-  def should_preserve(
-    self,
-    checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
-    *,
-    context: checkpoint_managers.PreservationContext,
-  ) -> Sequence[bool]:
-    del context
-    config = self.config
-    steps = sorted(checkpoint.step for checkpoint in checkpoints)
-    regular = [step for step in steps if step % config.save_every == 0]
-    every = config.keep_every
-    scored = [step for step in steps if step in self.losses]
-    scored.sort(key=lambda step: (self.losses[step], -step))
-    kept = {
-      steps[-1],
-      *regular[-config.keep_latest :],
-      *scored[: config.keep_best],
-      *(step for step in regular if every and step % every == 0),
-    }
-    return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _newest_sound(

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, rest = flags.make_parser(runs).parse_known_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   absl_logging.set_verbosity('warning')
-  absl_logging.get_absl_logger().addFilter(_shorten)
   with stopping.restarted_on_sigterm():
     status = _run(args, rest)
     if 'num_processes' in args:  # it may have joined others
@@ -46,14 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
       distributed.leave(status)
   sys.exit(status)
-
-
-def _shorten(record: logging.LogRecord) -> bool:
-  """Each thread of Orbax has a page for what ends in one sentence of ours."""
-  if 'orbax' in record.pathname and record.levelno >= logging.ERROR:
-    record.exc_info = None
-    record.msg, record.args = textwrap.shorten(record.getMessage(), 160), ()
-  return True
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -71,6 +61,11 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if sentence:
       flags.fail(sentence)
     return status
+
+
+def _refuse(rest: list[str], command: str) -> None:
+  if rest:
+    raise UserError(f'{command} does not know {rest[0]}; see --help')
 
 
 def _join(args: argparse.Namespace) -> None:
@@ -219,8 +214,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _drill(args: argparse.Namespace, rest: list[str]) -> int:
-  if rest:
-    raise UserError(f'drill does not know {rest[0]}; see --help')
+  _refuse(rest, 'drill')
   if args.processes < 1:
     raise UserError(f'--processes={args.processes} must be at least 1')
   from perceiver_ar.drill import drills
@@ -247,8 +241,7 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
-  if rest:
-    raise UserError(f'checkpoint does not know {rest[0]}; see --help')
+  _refuse(rest, 'checkpoint')
   read = {'diff': ('step', 'other', 'other_step'), 'export': ('step',)}
   for name in ('step', 'other', 'other_step'):
     if getattr(args, name) is not None and name not in read.get(
@@ -299,8 +292,7 @@ def _list_or_verify(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, rest: list[str]) -> int:
-  if rest:
-    raise UserError(f'report does not know {rest[0]}; see --help')
+  _refuse(rest, 'report')
   import jax
 
   # The run may hold the accelerators.

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as package_metadata
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 from perceiver_ar import distributed, host_memory
@@ -264,6 +266,18 @@ def _agree(folder: epath.Path, reason: str) -> None:
       reason = f'process {distributed.name_of(process)} found: {other}'
   if reason:
     raise Damaged(folder, reason)
+
+
+def shorten_complaints() -> None:
+  """Each thread of Orbax has a page for what ends in one sentence of ours."""
+  absl_logging.get_absl_logger().addFilter(_shorten)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+  if 'orbax' in record.pathname and record.levelno >= logging.ERROR:
+    record.exc_info = None
+    record.msg, record.args = textwrap.shorten(record.getMessage(), 160), ()
+  return True
 
 
 def one_line(error: BaseException) -> str:

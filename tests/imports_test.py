@@ -16,7 +16,8 @@ _LAYERS = [
   'ops data config config_checks config_files flags progress distributed chips '
   'roll_call places paths lines journal host_memory',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
-  'flops checksums workdir host_reports stopping skipping',
+  'flops checksums workdir host_reports stopping skipping '
+  'preservation',
   'replicas train_step saved_step checkpoint inspection evaluate sample '
   'artifacts',
   'prefetch starting train replay plan report watchdog',
