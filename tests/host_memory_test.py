@@ -15,8 +15,8 @@ from states import CONFIG, make_mesh, make_state, same, sharded
 
 from perceiver_ar import checkpoint, host_memory
 
-# Threads and caches: a tenth of a gigabyte, as it was seen.
-_SLACK = 0.15e9
+# Threads and caches: 0.03 to 0.13 GB were seen.
+_SLACK = 0.2e9
 _TESTS = pathlib.Path(__file__).parent
 
 
@@ -35,6 +35,7 @@ def test_arrays_larger_than_the_budget_return_bit_for_bit_on_any_mesh(
     for step in (1, 2):
       state = make_state(step)
       checkpoints.save(step, state, config=CONFIG, loss=None)
+      assert checkpoint.saved_steps(tmp_path)[-1] == step  # it has waited
       # As the next step of the training does.
       jax.block_until_ready(overwrite(state))
     abstract = sharded(make_mesh(*shape), make_state())
