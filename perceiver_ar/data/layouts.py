@@ -30,7 +30,7 @@ _MOST_SUBPIXELS = 2**26  # a larger one is a mistake, and would fill the memory
 
 def validated(layout: dict[str, Any]) -> dict[str, Any]:
   """The same layout, a table of rows as an array, or a UserError."""
-  kind = layout.get('kind') if isinstance(layout, dict) else None
+  kind = layout.get('kind')
   if kind == 'index':
     return _checked_index(layout)
   if kind == 'raster':

@@ -165,7 +165,7 @@ def write_tar(path, change, name='train_64x64/1.png'):
 
 def test_a_tar_that_goes_in_circles_ends(tmp_path):
   def back(header):
-    header[124:136] = b'\xff' * 10 + b'\xfc\0'  # -1024, and two headers on
+    header[124:136] = b'\xff' * 10 + b'\xfe\0'  # -512: the header again
 
   path = write_tar(tmp_path / 'train_64x64.tar', back)
   with pytest.raises(UserError, match=r'train_64x64\.tar is no readable tar'):

@@ -71,6 +71,7 @@ def test_arrays_come_back(protocol, kind):
 
 
 _PLAIN = (3, '<', None, None, None, -1, -1, 0)
+_FIELDS = (3, '|', None, ('a',), {'a': (np.dtype('f4'), 0)}, 8, 1, 0)
 _OBJECTS = (3, '|', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 1, 0)
 
 
@@ -80,6 +81,7 @@ _OBJECTS = (3, '|', None, ('a',), {'a': (np.dtype('O'), 0)}, 8, 1, 0)
     # Eight bytes that would be taken for the address of an object.
     (array((1, (1,), dtype('V8', _OBJECTS), False, b'A' * 8)), "type 'V8'"),
     (array((1, (1,), dtype('f8', _OBJECTS), False, b'A' * 8)), "type 'O8?'"),
+    (array((1, (1,), dtype('f8', _FIELDS), False, b'A' * 8)), 'of fields'),
     (array((1, (1,), dtype('O'), False, [1])), "type 'O8?'"),
     (np.array([None]), "type 'O8?'"),
     (np.zeros(2, [('a', 'f4')]), "type 'V4'"),
@@ -125,7 +127,7 @@ def test_functions_that_a_pickle_is_given_stay_as_they_are():
 
 
 _BOMBS = {
-  'memo': "b'\\x80\\x04Nr' + (2**30).to_bytes(4, 'little') + b'.'",
+  'memo': "b'\\x80\\x04Nr' + (2**28).to_bytes(4, 'little') + b'.'",
   'bytes': "b'\\x80\\x05\\x8e' + (2**36).to_bytes(8, 'little') + b'.'",
   'bytearray': "b'\\x80\\x05\\x96' + (2**36).to_bytes(8, 'little') + b'.'",
   # One text of a megabyte, made into bytes ten thousand times.
