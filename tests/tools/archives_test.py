@@ -159,7 +159,8 @@ def write_tar(path, change, name='train_64x64/1.png'):
   change(header)
   total = sum(header[:148]) + 8 * 32 + sum(header[156:])
   header[148:156] = b'%06o\0 ' % total
-  path.write_bytes(bytes(header) + b'x'.ljust(512, b'\0') + bytes(1024))
+  first = tarfile.TarInfo('train_64x64/0.png').tobuf(tarfile.GNU_FORMAT)
+  path.write_bytes(first + header + b'x'.ljust(512, b'\0') + bytes(1024))
   return path
 
 
