@@ -30,6 +30,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     return str(error), RESTART
   if isinstance(error, SaveError):
     return str(error), 1
+  said = str(error).partition('\n')[0]
+  if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in said:
+    return f'another process of the job has gone ({said}); run again', RESTART
   # Others than those of a path are not the user's mistakes.
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; use another path', MISTAKE
