@@ -55,6 +55,9 @@ def get_config(arg: str = '') -> ConfigDict:
   d.path = ''  # the folder that a tools/prepare_*.py wrote
   d.visits = 'by_length'  # of a document in an epoch: once, or by its length
   d.min_crop = m.get_oneway_ref('num_latents')  # fewest inputs of a crop
+  # At a record that is not what was written: stop, or skip it in training: read
+  # another in its place, and count it (bad_records in metrics.jsonl).
+  d.damaged = 'stop'
   d.copy_length = 0  # of a copy sequence, SOS and EOS included
   d.copy_offset = 0  # added to its positions, which begin at 1
   d.num_eval_documents = 0  # copy sequences in the validation split

@@ -123,7 +123,13 @@ class Checkpoints:
       ) from error
 
   def save(
-    self, step: int, state: PyTree, *, config: Config, loss: float | None
+    self,
+    step: int,
+    state: PyTree,
+    *,
+    config: Config,
+    loss: float | None,
+    data: str = '',
   ) -> None:
     """Starts to save `state`, whose buffers may be donated right after.
 
@@ -135,6 +141,7 @@ class Checkpoints:
       state: a pytree of arrays.
       config: what the run is made of.
       loss: of the evaluation at this step, if there was one.
+      data: the fingerprint of what it was trained on, if that is known.
     """
     if step in self.steps():
       return
@@ -145,7 +152,7 @@ class Checkpoints:
       self._manager = self._open()
     config_json = dataclasses.asdict(config)
     self._saved = step, host_memory.Meter()
-    manifest = saved_step.make_manifest(step, state, config_json, loss)
+    manifest = saved_step.make_manifest(step, state, config_json, loss, data)
     if manifest['loss'] is not None:
       self._losses[step] = manifest['loss']
     with self._saving():
@@ -325,6 +332,12 @@ def load_config(workdir: Path, step: int) -> Config:
   return config_lib.resolve(
     saved_step.read_config(folder, saved_step.read_manifest(folder))
   )
+
+
+def load_fingerprint(workdir: Path, step: int) -> str:
+  """Of the data set that a checkpoint was trained on; '' if it says none."""
+  folder = step_folder(workdir, step)
+  return saved_step.read_manifest(folder).get('data', '')
 
 
 def saved_steps(workdir: Path) -> list[int]:

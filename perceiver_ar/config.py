@@ -55,6 +55,7 @@ class DataConfig:
   path: str
   visits: str
   min_crop: int
+  damaged: str
   copy_length: int
   copy_offset: int
   num_eval_documents: int
@@ -162,6 +163,7 @@ class Config:
 # A longer run keeps its schedule: `optimizer.decay_end` is compared.
 MAY_DIFFER = (
   'checkpoint',
+  'data.damaged',
   'data.device_prefetch',
   'data.num_read_threads',
   'data.path',  # the data set itself is known by its fingerprint

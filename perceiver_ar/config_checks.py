@@ -74,6 +74,7 @@ _CHOICES = {
   ),
   'data.kind': ('prepared', 'copy'),
   'data.visits': ('once', 'by_length'),
+  'data.damaged': ('stop', 'skip'),
   'optimizer.name': ('adam', 'adamw', 'adafactor', 'sgd', 'lamb'),
   'optimizer.schedule': ('constant', 'cosine', 'steps', 'rsqrt'),
   'optimizer.gradient': ('sum', 'mean'),

@@ -24,7 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import mesh_checks, partitioning
+from perceiver_ar import (
+  distributed,
+  host_reports,
+  mesh_checks,
+  partitioning,
+)
 from perceiver_ar.config import Config
 from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
@@ -86,6 +91,8 @@ class Evaluator:
     self._documents = documents
     self._mesh = mesh
     self._open = -1, np.zeros((0,), np.int32)
+    self._exchange = host_reports.Exchange(mesh)
+    self._error: UserError | None = None
     how = config.evaluate
     mesh_checks.check_evaluate(config, mesh)
     if isinstance(documents, copy.CopyDocuments) and how.split == 'train':
@@ -105,13 +112,16 @@ class Evaluator:
     Args:
       params: as the train state holds them.
       visible: whether this process shows progress.
+
+    Raises:
+      UserError: a record cannot be read: fewer of them have another score.
     """
     start = time.monotonic()
     how = self._config.evaluate
     longest = int(self._documents.num_tokens[self._chosen].max())
     totals = Totals(len(self._chosen), longest, how.num_latents)
     batch_size = how.batch_size
-    waiting: tuple[list[Block], Any] | None = None
+    waiting: tuple[list[Block], Any, Any] | None = None
     with Progress(
       f'evaluate {how.split}',
       len(self._blocks),
@@ -121,13 +131,18 @@ class Evaluator:
       for first in range(0, len(self._blocks), batch_size):
         blocks = self._blocks[first : first + batch_size]
         scores = self._step(params, self._batch(blocks))
+        sent = self._exchange.send(
+          host_reports.Report(failed=self._error is not None)
+        )
         # The device works on these while the host adds up those before.
         if waiting:
-          _add(totals, *waiting)
-        waiting = blocks, scores
+          self._check_data(waiting[2])
+          _add(totals, *waiting[:2])
+        waiting = blocks, scores, sent
         progress.advance(len(blocks))
       if waiting:
-        _add(totals, *waiting)
+        self._check_data(waiting[2])
+        _add(totals, *waiting[:2])
     report = summarise(totals, self._counts())
     if isinstance(self._documents, copy.CopyDocuments):
       # What the task is about: the first half is noise.
@@ -142,6 +157,13 @@ class Evaluator:
       'context_length': how.context_length,
       'seconds': round(time.monotonic() - start, 3),
     }
+
+  def _check_data(self, sent: Any) -> None:
+    """Ends all processes together where one cannot read its data."""
+    if any(report.failed for report in self._exchange.read(sent)):
+      if self._error is not None:
+        raise self._error
+      distributed.barrier('data')  # which says who has left
 
   def _counts(self) -> dict[str, tuple[np.ndarray, int]]:
     """Of every unit: how many each document has, and how many there are.
@@ -173,11 +195,11 @@ class Evaluator:
     num_scored_b = np.zeros((len(rows_b),), np.int32)
     for at, row in enumerate(rows_b[rows_b < len(blocks)]):
       block = blocks[row]
-      if block.document != self._open[0]:
-        # Kept, because the next batch goes on in the same document.
-        document = self._documents[self._chosen[block.document]]
-        self._open = block.document, document
-      tokens = self._open[1]
+      try:
+        tokens = self._tokens(block.document)
+      except UserError as error:
+        self._error = error
+        break
       begin = max(0, block.end - M)
       num = block.end - begin
       tokens_bT[at, M - num :] = tokens[begin : block.end + 1]
@@ -191,6 +213,12 @@ class Evaluator:
       'num_scored': num_scored_b,
     }
     return partitioning.global_batch(batch, self._mesh, B)
+
+  def _tokens(self, document: int) -> np.ndarray:
+    if document != self._open[0]:
+      # Kept, because the next batch goes on in the same document.
+      self._open = document, self._documents[self._chosen[document]]
+    return self._open[1]
 
 
 def _check_endless(max_examples: int) -> None:

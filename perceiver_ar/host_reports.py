@@ -28,16 +28,20 @@ class Report:
   Attributes:
     stop: the signal that asks it to stop, or 0.
     save: it wants a checkpoint soon.
+    failed: it cannot read its data, and goes on only until all know.
     digest: of its own rows of the batch, 64 bits.
+    bad_records: that were damaged and skipped for these rows.
     data_seconds: it waited for its data.
     own_seconds: it did anything but wait for devices; with `data_seconds`.
   """
 
-  stop: int
-  save: bool
-  digest: int
-  data_seconds: float
-  own_seconds: float
+  stop: int = 0
+  save: bool = False
+  failed: bool = False
+  digest: int = 0
+  bad_records: int = 0
+  data_seconds: float = 0.0
+  own_seconds: float = 0.0
 
 
 class Exchange:
@@ -74,19 +78,23 @@ def _encode(report: Report) -> np.ndarray:
   words = [
     report.stop,
     report.save,
+    report.failed,
     report.digest >> 32,
     report.digest & _MASK,
+    report.bad_records,
   ]
   return np.concatenate([np.array(words, np.uint32), seconds.view(np.uint32)])
 
 
 def _decode(row: np.ndarray) -> Report:
-  stop, save, high, low = (int(word) for word in row[:4])
-  data, own = (float(x) for x in row[4:].copy().view(np.float32))
+  stop, save, failed, high, low, bad = (int(word) for word in row[:-2])
+  data, own = (float(x) for x in row[-2:].copy().view(np.float32))
   return Report(
     stop=stop,
     save=bool(save),
+    failed=bool(failed),
     digest=high << 32 | low,
+    bad_records=bad,
     data_seconds=data,
     own_seconds=own,
   )

@@ -231,6 +231,8 @@ def _steps(
   ):
     run = None
     for batch in batches:
+      if batch.error is not None:
+        raise batch.error
       run = run or starting.compile_step(config, mesh, state, batch.arrays)
       state, sums = run(state, batch.arrays)
       values = {name: float(value) for name, value in sums.items()}

@@ -1,8 +1,9 @@
 """One saved step on disk: what it says about itself, and reading it back.
 
 Every step has a manifest in its _CHECKPOINT_METADATA: dtype, shape and
-checksum of every array, the loss, a digest of the config, the versions that
-wrote it; and a digest of all that. `restore` believes nothing else.
+checksum of every array, the loss, digests of the config and of the data set,
+the versions that wrote it; and a digest of all that. `restore` believes nothing
+else.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class Damaged(UserError):  # noqa: N818 (it is a state)
 
 
 def make_manifest(
-  step: int, state: PyTree, config_json: Any, loss: float | None
+  step: int, state: PyTree, config_json: Any, loss: float | None, data: str
 ) -> dict[str, Any]:
   arrays = flatten(state)
   sums = checksums(state)
@@ -56,6 +57,7 @@ def make_manifest(
       for name, leaf in arrays.items()
     },
     'config_sha256': digest(config_json),
+    'data': data,
     'versions': versions(),
   }
 

@@ -85,6 +85,9 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
     if restored:
       saved = checkpoint.load_config(folder, first_step)
       workdir.check_config(folder, saved, config)
+      trained_on = checkpoint.load_fingerprint(folder, first_step)
+      where = checkpoint.step_folder(folder, first_step)
+      workdir.check_data(where, trained_on, documents)
     _announce(config, mesh, abstract, documents, first_step)
     status = 0
     if first_step < config.train.num_steps:
@@ -136,6 +139,7 @@ class _Loop:
     self._reports: list[list[host_reports.Report]] = []
     self._pending: tuple[int, Any, Any] | None = None
     self._skips = skipping.Skips()
+    self._data_error: UserError | None = None
 
   def run(
     self,
@@ -145,6 +149,7 @@ class _Loop:
     folder: epath.PathLike,
   ) -> int:
     num_steps, process = self._config.train.num_steps, jax.process_index()
+    self._fingerprint = documents.fingerprint
     with (
       metrics.Writer(
         folder, first_step=first_step, process_index=process
@@ -200,10 +205,13 @@ class _Loop:
     own, self._blocked = now - self._began - self._blocked, 0.0
     self._began = now
     minutes = self._config.checkpoint.save_minutes
+    self._data_error = batch.error
     return host_reports.Report(
       stop=self._stop.signal or 0,
       save=0 < minutes * 60 < now - self._saved[1],
+      failed=batch.error is not None,
       digest=batch.digest,
+      bad_records=batch.bad_records,
       data_seconds=batch.seconds,
       own_seconds=own,
     )
@@ -237,7 +245,9 @@ class _Loop:
       distributed.barrier('save')
       self._writer.sync()
       journal.sync()
-      self._checkpoints.save(step, state, config=config, loss=loss)
+      self._checkpoints.save(
+        step, state, config=config, loss=loss, data=self._fingerprint
+      )
       journal.event('save', step=step, seconds=journal.taken())
       self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
@@ -251,6 +261,7 @@ class _Loop:
     self._pending, start = None, time.monotonic()
     values = {name: float(value) for name, value in sums.items()}
     reports = self._exchange.read(sent)
+    self._check_data(reports)
     now = time.monotonic()
     self._blocked += now - start
     seconds = now - self._clock
@@ -259,6 +270,7 @@ class _Loop:
     self._save_soon = reports[0].save and step >= self._saved[0]
     digest = sum(report.digest for report in reports) % 2**64
     row = metrics.step_row(values, pipeline.format_digest(digest)) | {
+      'bad_records': sum(report.bad_records for report in reports),
       'seconds': round(seconds, 6),
       # Of each process, the share of the step that it waited for data.
       'data_wait': [round(r.data_seconds / seconds, 4) for r in reports],
@@ -279,6 +291,13 @@ class _Loop:
     self._show(step)
     self._replicas.read()
     self._check_skipped(step, int(values['num_skipped_in_a_row']))
+
+  def _check_data(self, reports: list[host_reports.Report]) -> None:
+    """Ends all processes together, before anything of this step is kept."""
+    if any(report.failed for report in reports):
+      if self._data_error is not None:
+        raise self._data_error
+      distributed.barrier('data')  # which says who has left
 
   def _show(self, step: int) -> None:
     note = ''

@@ -58,7 +58,7 @@ def check(workdir: Path, config: Config, data: DataSet) -> None:
   if (folder / 'config.json').exists():
     check_config(workdir, config_lib.resolve(read_config(workdir)), config)
   if (folder / 'dataset.json').exists():
-    check_fingerprint(workdir, data)
+    check_data(folder, read_trained(workdir).fingerprint, data)
 
 
 def check_config(workdir: Path, old: Config, new: Config) -> None:
@@ -130,12 +130,12 @@ def keep_compiled(workdir: Path, platform: str) -> None:
   jax.config.update(name, str(paths.absolute(workdir) / 'compiled'))
 
 
-def check_fingerprint(workdir: Path, data: DataSet) -> None:
-  trained = read_trained(workdir)
-  if trained.fingerprint != data.fingerprint:
+def check_data(where: Path, fingerprint: str, data: DataSet) -> None:
+  """Raises UserError unless `data` is what `where` was trained on."""
+  if fingerprint != data.fingerprint:
     raise UserError(
-      f'{epath.Path(workdir)} was begun on data set '
-      f'{trained.fingerprint[:12]}, and data.path holds '
+      f'{epath.Path(where)} was begun on data set '
+      f'{fingerprint[:12] or "unknown"}, and data.path holds '
       f'{data.fingerprint[:12]}; give it back its data, or choose another '
       '--workdir'
     )

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import bad_records
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,3 +299,21 @@ def test_copies_are_judged_by_their_second_half():
   last = report['by_position'][-1]
   assert last['first'] == 16
   assert report['second_half']['accuracy'] == last['accuracy']
+
+
+def test_a_damaged_record_ends_an_evaluation_that_would_skip_in_training(
+  tmp_path,
+):
+  path = bad_records.write_noise(tmp_path / 'data', size=40)
+  changes = {
+    'model.vocab_size': 259,
+    'data.path': str(path),
+    'data.damaged': 'skip',
+  }
+  bad_records.flip(path, 5, 'validation')
+  documents = records.Documents(str(path), 'validation')
+  config, evaluator = make_evaluator(documents, changes=changes, stride=8)
+  with pytest.raises(
+    UserError, match=r'validation\.array_record: record 5 \(5\.txt\)'
+  ):
+    evaluator.run(make_params(config.model), visible=False)

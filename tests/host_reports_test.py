@@ -20,7 +20,13 @@ def test_a_report_arrives_as_it_was_sent(digest):
   mesh = Mesh(np.array(jax.devices()[:1]), ('data',))
   exchange = host_reports.Exchange(mesh)
   sent = Report(
-    stop=15, save=True, digest=digest, data_seconds=0.25, own_seconds=1.5
+    stop=15,
+    save=True,
+    failed=True,
+    digest=digest,
+    bad_records=3,
+    data_seconds=0.25,
+    own_seconds=1.5,
   )
   assert exchange.read(exchange.send(sent)) == [sent]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import bad_records
 import jax
 import numpy as np
 import pytest
@@ -269,6 +270,46 @@ def test_the_mistake_of_one_process_ends_all_as_a_mistake(tmp_path):
   first, second = assert_all_end(job, 2)
   assert 'there is no folder' in second
   assert 'process 1 (' in first and 'ended with status 2' in first
+
+
+def copies(tmp_path, split, index):
+  """A data set with words for each of two processes; one has a bad copy."""
+  bad_records.write_noise(tmp_path / '0', num_documents=40)
+  bad_records.flip(
+    shutil.copytree(tmp_path / '0', tmp_path / '1'), index, split
+  )
+  return [
+    ['--config.data.kind=prepared', f'--config.data.path={tmp_path / name}']
+    for name in '01'
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_damaged_record_of_one_host_ends_all(tmp_path, split):
+  """In the middle of training, or of an evaluation."""
+  extra = copies(tmp_path, split, 27)
+  words = ['--config.evaluate.every=1', '--config.evaluate.max_examples=0']
+  if split == 'train':
+    words = ['--config.data.visits=once', '--config.evaluate.every=0']
+  words.append('--config.train.batch_size=4')
+  words.append('--config.evaluate.batch_size=4')
+  job = train(tmp_path / 'run', *words, processes=2, extra=extra)
+  first, second = assert_all_end(job, 2)
+  assert f'{split}.array_record: record 27 (27.txt)' in second
+  assert 'data: process 1 (' in first and 'ended with status 2' in first
+  assert 'Traceback' not in first + second
+
+
+@pytest.mark.slow
+def test_what_all_hosts_skip_is_counted(tmp_path):
+  extra = copies(tmp_path, 'train', 3)
+  words = ['--config.data.damaged=skip', '--config.train.num_steps=20']
+  job = train(tmp_path / 'run', *words, processes=2, extra=extra)
+  _, second = assert_all_end(job, 0)
+  assert second.count('record 3 (3.txt)') == 1
+  found = [r['bad_records'] for r in rows(tmp_path / 'run') if 'loss' in r]
+  assert 0 < sum(found) < 20
 
 
 @pytest.mark.slow

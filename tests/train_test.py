@@ -1,11 +1,14 @@
 """A run that is interrupted anywhere ends as if nothing had happened."""
 
+import dataclasses
 import itertools
 import random
 import re
+import shutil
 import signal
 import time
 
+import bad_records
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,7 +24,6 @@ from runs import (
   rows,
   start,
   wait_until,
-  write_texts,
 )
 
 from perceiver_ar import (
@@ -36,7 +38,7 @@ from perceiver_ar import (
   workdir,
 )
 from perceiver_ar import config as config_lib
-from perceiver_ar.data import pipeline
+from perceiver_ar.data import pipeline, records
 from perceiver_ar.errors import SaveError, UserError
 from perceiver_ar.report import document
 
@@ -334,26 +336,105 @@ def test_another_config_is_refused_with_the_difference(
   assert contents(undisturbed) == before
 
 
-def test_another_data_set_is_refused(tmp_path):
-  def config(name):
-    path = str(tmp_path / name)
-    return copy_config(
-      data__kind='prepared',
-      data__path=path,
-      train__num_steps=1,
-      evaluate__every=0,
-    )
+def noise_config(path, **changes):
+  """A run on a data set of `bad_records.write_noise`."""
+  changes = {'train__num_steps': 1, 'evaluate__every': 0} | changes
+  return copy_config(data__kind='prepared', data__path=str(path), **changes)
 
-  write_texts(tmp_path / 'one', '1')
-  write_texts(tmp_path / 'two', '2')
-  folder = tmp_path / 'run'
-  train.train_and_evaluate(config('one'), folder)
+
+@pytest.fixture(scope='module')
+def on_noise(tmp_path_factory):
+  """A data set, another one, and a run that was begun on the first."""
+  folder = tmp_path_factory.mktemp('noise')
+  for seed, name in enumerate(['one', 'two']):
+    bad_records.write_noise(folder / name, seed=seed)
+  assert (
+    train.train_and_evaluate(noise_config(folder / 'one'), folder / 'run') == 0
+  )
+  return folder
+
+
+def test_another_data_set_is_refused(tmp_path, on_noise):
+  folder = shutil.copytree(on_noise / 'run', tmp_path / 'run')
   before = contents(folder)
-  with pytest.raises(UserError, match=r'was begun on data set .* holds'):
-    train.train_and_evaluate(config('two'), folder)
+  with pytest.raises(UserError, match=r'run was begun on data set .* holds'):
+    train.train_and_evaluate(noise_config(on_noise / 'two'), folder)
   assert contents(folder) == before
-  (tmp_path / 'one').rename(tmp_path / 'moved')  # the same data elsewhere
-  assert train.train_and_evaluate(config('moved'), folder) == 0
+  moved = shutil.copytree(on_noise / 'one', tmp_path / 'moved')
+  assert train.train_and_evaluate(noise_config(moved), folder) == 0
+
+
+def test_a_checkpoint_alone_knows_its_data_set(tmp_path, on_noise):
+  """In another workdir, or where dataset.json is lost."""
+  shutil.copytree(on_noise / 'run/checkpoints', tmp_path / 'checkpoints')
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match=r'checkpoints/1 was begun on data set'):
+    train.train_and_evaluate(
+      noise_config(on_noise / 'two', train__num_steps=2), tmp_path
+    )
+  assert contents(tmp_path) == before
+  config = noise_config(on_noise / 'one', train__num_steps=2)
+  assert train.train_and_evaluate(config, tmp_path) == 0
+
+
+def test_a_data_set_with_an_edited_manifest_is_refused(tmp_path, on_noise):
+  folder = shutil.copytree(on_noise / 'run', tmp_path / 'run')
+  edited = shutil.copytree(on_noise / 'one', tmp_path / 'one')
+  manifest = edited / 'manifest.json'
+  content = manifest.read_text().replace('"variant": ""', '"variant": "x"')
+  manifest.write_text(content)
+  with pytest.raises(UserError, match=r'run was begun on data set .* holds'):
+    train.train_and_evaluate(noise_config(edited), folder)
+
+
+def test_a_damaged_record_ends_the_run_with_nothing_of_its_step(
+  tmp_path, on_noise
+):
+  path = shutil.copytree(on_noise / 'one', tmp_path / 'data')
+  bad_records.flip(path, 3)
+  documents = records.Documents(str(path), 'train')
+  config = noise_config(
+    path,
+    train__num_steps=12,
+    train__batch_size=1,
+    checkpoint__save_every=1,
+    data__visits='once',
+    data__device_prefetch=0,
+    mesh__data=1,
+  )
+  good = 0
+  with pytest.raises(UserError, match='record 3'):
+    for _ in pipeline.train_batches(
+      config, documents, first_step=0, rows_b=[0]
+    ):
+      good += 1
+  with pytest.raises(UserError, match=r'record 3 \(3\.txt\).*damaged=skip'):
+    train.train_and_evaluate(config, tmp_path / 'run')
+  assert [row['step'] for row in rows(tmp_path / 'run')] == list(range(good))
+  assert checkpoint.saved_steps(tmp_path / 'run')[-1] == good
+
+
+def test_a_run_that_skips_counts_what_it_skipped(tmp_path, on_noise, caplog):
+  path = shutil.copytree(on_noise / 'one', tmp_path / 'data')
+  bad_records.flip(path, 3)
+  config = noise_config(path, data__damaged='skip', train__num_steps=6)
+  train.train_and_evaluate(
+    dataclasses.replace(
+      config, train=dataclasses.replace(config.train, num_steps=3)
+    ),
+    tmp_path / 'run',
+  )
+  train.train_and_evaluate(config, tmp_path / 'run')
+  train.train_and_evaluate(config, tmp_path / 'whole')
+  assert_training_is_the_same(tmp_path / 'run', tmp_path / 'whole')
+  found = [row['bad_records'] for row in rows(tmp_path / 'whole')]
+  assert sum(found) >= 3  # 48 visits, of 12 documents
+  said = [
+    r.getMessage() for r in caplog.records if 'record 3' in r.getMessage()
+  ]
+  assert len(said) == 3  # once in each run
+  with pytest.raises(UserError, match=r'record 3 .*damaged=skip'):
+    train.train_and_evaluate(noise_config(path, train__num_steps=6), tmp_path)
 
 
 def test_a_save_that_failed_ends_the_run_before_the_next(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """The one Grain graph: documents in, the batch of any step out.
 
 Batch `step` is a function of (seed, step, row) alone: visits to documents,
-shuffled anew in every epoch, one random crop per visit, then the rows of this
-host. The iterator's whole state is the step number, so a run may go on with
-any number of hosts.
+shuffled anew in every epoch, one random crop per visit (of another document
+where one is damaged and may be skipped), then the rows of this host. The
+iterator's whole state is the step number, so a run may go on with any number
+of hosts.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import grain
 import numpy as np
 
 from perceiver_ar.config import Config, DataConfig, ModelConfig
-from perceiver_ar.data import copy, layouts, records, tokens
+from perceiver_ar.data import copy, layouts, reading, records, tokens
 from perceiver_ar.errors import UserError
 
 # Independent random streams of one seed.
@@ -118,8 +119,12 @@ def train_batches(
   """Yields these rows of the batches first_step..num_steps-1.
 
   Each is {'tokens': int32 [b, M+1], padded with 0 on the left, 'positions':
-  int32 [b, M, P] of the inputs, 0 on padding}; `rows_b` are this host's of the
+  int32 [b, M, P] of the inputs, 0 on padding, 'bad_records': int32 [b], how
+  many were damaged and skipped for a row}; `rows_b` are this host's of the
   global batch, in order.
+
+  Raises:
+    UserError: a record cannot be read, or too many are skipped.
   """
   host_rows = _HostRows(
     _rows(config, documents),
@@ -153,10 +158,13 @@ def _rows(config: Config, documents: DocumentSource) -> grain.MapDataset:
   """All rows of the run, in order: row i belongs to batch i // batch_size."""
   seed, model = config.train.seed, config.model
   visits = _visits(documents, config)
-  rows = grain.MapDataset.source(visits)
+  rows = grain.MapDataset.source(range(len(visits)))
   if isinstance(visits, _Visits):  # else they are all alike: no order matters
     rows = rows.shuffle(_stream(seed, _SHUFFLE))
-  crop = _Crop(documents.layout, model.context_length, config.data.min_crop)
+  reader = reading.Reader(documents, visits, skip=config.data.damaged == 'skip')
+  crop = _Crop(
+    reader, documents.layout, model.context_length, config.data.min_crop
+  )
   return rows.repeat().random_map(crop, seed=_stream(seed, _CROP))
 
 
@@ -167,32 +175,29 @@ def _stream(seed: int, stream: int) -> int:
 
 
 class _Visits:
-  """The visits of one epoch: visit i reads some document.
+  """The visits of one epoch: the document that each of them reads.
 
   A document that is visited several times has that many visits in a row; only
   where each document's end is stored.
   """
 
-  def __init__(self, documents: DocumentSource, counts: np.ndarray):
-    self._documents = documents
+  def __init__(self, counts: np.ndarray):
     self._ends = np.cumsum(counts)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    document = np.searchsorted(self._ends, index, side='right')
-    return self._documents[int(document)]
+  def __getitem__(self, index: int) -> int:
+    return int(np.searchsorted(self._ends, index, side='right'))
 
 
-def _visits(documents: DocumentSource, config: Config) -> Any:
+def _visits(documents: DocumentSource, config: Config) -> reading.Indexed[int]:
   if isinstance(documents, copy.CopyDocuments):
-    return documents
+    return range(len(documents))
   return _Visits(
-    documents,
     visit_counts(
       documents.num_tokens, config.data.visits, config.model.num_latents
-    ),
+    )
   )
 
 
@@ -211,30 +216,40 @@ def visit_counts(
 
 
 class _Crop(grain.transforms.RandomMap):
-  """A document as a row: a random crop, right-aligned, with its positions."""
+  """A visit as a row: a random crop, right-aligned, with its positions."""
 
   def __init__(
-    self, layout: dict[str, Any], context_length: int, min_crop: int
+    self,
+    reader: reading.Reader,
+    layout: dict[str, Any],
+    context_length: int,
+    min_crop: int,
   ):
+    self._reader = reader
     self._layout = layout
     self._num_axes = layouts.num_axes(layout)
     self._context_length = context_length
     self._min_crop = min_crop
 
   def random_map(
-    self, element: np.ndarray, rng: np.random.Generator
+    self, element: int, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
+    document_T, num_damaged = self._reader.read(element, rng)
     start, end = crop(
-      len(element), rng, self._context_length + 1, self._min_crop + 1
+      len(document_T), rng, self._context_length + 1, self._min_crop + 1
     )
     tokens_T = np.zeros(self._context_length + 1, np.int32)
     positions_MP = np.zeros((self._context_length, self._num_axes), np.int32)
-    tokens_T[start - end :] = element[start:end]
+    tokens_T[start - end :] = document_T[start:end]
     inputs = np.arange(start, end - 1)
     positions_MP[len(positions_MP) - len(inputs) :] = layouts.positions(
       self._layout, inputs
     )
-    return {'tokens': tokens_T, 'positions': positions_MP}
+    return {
+      'tokens': tokens_T,
+      'positions': positions_MP,
+      'bad_records': np.array(num_damaged, np.int32),
+    }
 
 
 def crop(

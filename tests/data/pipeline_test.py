@@ -1,5 +1,6 @@
 import threading
 
+import bad_records
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def _batches(config, documents, first_step=0, rows_b=None):
 def _assert_same(one, other):
   assert len(one) == len(other)
   for a, b in zip(one, other, strict=True):
-    assert a.keys() == b.keys() == {'tokens', 'positions'}
+    assert a.keys() == b.keys() == {'tokens', 'positions', 'bad_records'}
     for name in a:
       np.testing.assert_array_equal(a[name], b[name])
 
@@ -226,6 +227,7 @@ def test_a_short_context_bounds_the_shortest_crop():
 def test_the_digest_knows_every_row_token_and_position(open_train):
   config, documents = open_train()
   batch = _batches(config, documents)[0]
+  del batch['bad_records']
   digests = {
     pipeline.digest(batch, range(8)),
     pipeline.digest(batch, range(8, 16)),
@@ -245,21 +247,55 @@ def test_digests_are_written_with_sixteen_digits():
   assert pipeline.format_digest(2**64 - 1) == 'f' * 16
 
 
-def test_a_bad_record_is_named_in_the_middle_of_training(open_train):
-  config, documents = open_train({'data.visits': 'once'}, [20] * 32)
-  lines = documents.folder / 'train.jsonl'
-  content = lines.read_text().replace('": 20', '": 21', 1)
-  lines.write_text(content[::-1].replace('02 :"', '91 :"', 1)[::-1])
-  documents = pipeline.open_documents(config.data, 'train', seed=1)
-  batches = pipeline.train_batches(
-    config, documents, first_step=0, rows_b=range(config.train.batch_size)
-  )
+@pytest.fixture
+def damaged(make_config, tmp_path):
+  """A config and documents, two of which are damaged, and a sound copy."""
+
+  def open_(path, damaged):
+    config = make_config(
+      {'data.path': str(path), 'data.damaged': damaged, 'train.num_steps': 40}
+    )
+    return config, pipeline.open_documents(config.data, 'train', seed=1)
+
+  sound = bad_records.write_noise(tmp_path / 'sound', num_documents=90)
+  path = bad_records.write_noise(tmp_path / 'damaged', num_documents=90)
+  for index in (2, 5):
+    bad_records.flip(path, index)
+  return {
+    'sound': open_(sound, 'stop'),
+    'skip': open_(path, 'skip'),
+    'stop': open_(path, 'stop'),
+  }
+
+
+def test_a_damaged_record_is_named_in_the_middle_of_training(damaged):
   with pytest.raises(
-    UserError, match=r'train\.array_record: record (0|31) has 40 bytes'
+    UserError,
+    match=r'train\.array_record: record (2|5) .*config\.data\.damaged=skip',
   ) as caught:
-    for _ in batches:
-      pass
+    _batches(*damaged['stop'])
   assert '\n' not in str(caught.value)
+
+
+def test_rows_of_damaged_records_are_replaced_and_no_others(damaged):
+  sound, found = _batches(*damaged['sound']), _batches(*damaged['skip'])
+  num_bad = 0
+  for a, b in zip(sound, found, strict=True):
+    assert not a['bad_records'].any()
+    for row, bad in enumerate(b['bad_records']):
+      assert (a['tokens'][row] == b['tokens'][row]).all() == (bad == 0)
+      num_bad += bad
+  assert num_bad >= 40 * 8 // 90 * 2 - 2  # each of both once in an epoch
+
+
+@pytest.mark.parametrize('first_step', [0, 7, 21])
+def test_any_hosts_and_any_resumption_replace_them_alike(damaged, first_step):
+  config, documents = damaged['skip']
+  whole = _batches(config, documents)[first_step:]
+  assert sum(int(batch['bad_records'].sum()) for batch in whole) > 1
+  for rows_b in ([0, 5, 6], [1, 2, 3, 4, 7]):
+    part = _batches(config, documents, first_step, rows_b)
+    _assert_same(part, [{k: v[rows_b] for k, v in x.items()} for x in whole])
 
 
 def test_a_file_that_is_cut_during_training_is_named(open_train):
