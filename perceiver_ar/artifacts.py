@@ -5,14 +5,17 @@ are finished, with their prompt: a MIDI file with a piano roll and, where there
 is a synthesizer, its sound; a PNG, and one picture of all.
 """
 
+import collections
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from perceiver_ar import drawn as drawn_lib
 from perceiver_ar.config import SampleConfig
 from perceiver_ar.data import (
   audio_render,
@@ -182,10 +185,12 @@ def write_samples(
   prompts: Sequence[Prompt],
   how: SampleConfig,
   folder: epath.PathLike,
+  known: drawn_lib.Drawn,
 ) -> dict[str, Any]:
   """Draws samples of every prompt and writes them to FOLDER/sample-I.*.
 
-  A sample ends early where it draws EOS, and where its document is full.
+  A sample ends early where it draws EOS, and where its document is full. What
+  is `known` is not drawn again; it is kept up to date, and removed at the end.
 
   Returns:
     What `samples.json` says of them; file names are relative to the folder.
@@ -196,18 +201,26 @@ def write_samples(
   target = epath.Path(folder)
   target.mkdir(parents=True, exist_ok=True)
   _remove_last(target)
+  num_known = sum(part_BT.size for part_BT in known.parts_BT)
   start = time.monotonic()
   files, drawn = [], []
-  with Progress('sample', sum(lengths), 'tokens') as progress:
-    for prompt, length in zip(prompts, lengths, strict=True):
+  with (
+    Progress('sample', sum(lengths), 'tokens') as progress,
+    _kept_if_interrupted(drawn, known),
+  ):
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
       for _ in range(how.num_samples):
         files.append(f'sample-{len(files)}{codec.suffix}')
         path = target / files[-1]
         drawn.append(_open_sample(codec, path, prompt.tokens_T))
       own = drawn[-how.num_samples :]
-      _draw(sampler, prompt.tokens_T, length, own, progress)
+      before_BT = known.of(i, how.num_samples)
+      _take(own, before_BT, progress)
+      for new_BT in new_tokens(sampler, prompt, length, before_BT):
+        known.add(i, new_BT)
+        _take(own, new_BT, progress)
   seconds = time.monotonic() - start
-  num_tokens = sum(len(sample.ids) for sample in drawn)
+  num_tokens = sum(len(sample.ids) for sample in drawn) - num_known
   about = [
     {
       'file': file,
@@ -218,28 +231,42 @@ def write_samples(
     | sample.close()
     for at, (file, sample) in enumerate(zip(files, drawn, strict=True))
   ]
-  return {
+  report = {
     **dataclasses.asdict(how),
     'seconds': round(seconds, 3),
-    'tokens_per_second': round(num_tokens / seconds, 1),
+    'tokens_per_second': round(max(num_tokens, 0) / seconds, 1),
     **_companions(codec, prompts, lengths, drawn, target),
     'samples': about,
   }
+  known.remove()
+  return report
 
 
 def draw_along(
-  sampler: Sampler, prompts: Sequence[Prompt], how: SampleConfig
+  sampler: Sampler,
+  prompts: Sequence[Prompt],
+  how: SampleConfig,
+  known: drawn_lib.Drawn,
 ) -> None:
   """What `write_samples` draws on process 0, on the others: nothing is kept."""
-  lengths = [
-    sampler.room(len(prompt.tokens_T), how.length) for prompt in prompts
-  ]
-  for prompt, length in zip(prompts, lengths, strict=True):
-    has_ended_B = np.zeros((how.num_samples,), bool)
-    for new_BT in sampler.run(_start(prompt.tokens_T), length):
-      has_ended_B |= (new_BT == tokens.EOS).any(axis=1)
-      if has_ended_B.all():  # as process 0 does
-        break
+  for i, prompt in enumerate(prompts):
+    length = sampler.room(len(prompt.tokens_T), how.length)
+    before_BT = known.of(i, how.num_samples)
+    collections.deque(new_tokens(sampler, prompt, length, before_BT), maxlen=0)
+
+
+def new_tokens(
+  sampler: Sampler, prompt: Prompt, length: int, before_BT: np.ndarray
+) -> Iterator[np.ndarray]:
+  """Yields [B, some] tokens until all samples of a prompt have ended."""
+  has_ended_B = (before_BT == tokens.EOS).any(axis=1)
+  if has_ended_B.all():
+    return
+  for new_BT in sampler.run(_start(prompt.tokens_T), length, before_BT):
+    yield new_BT
+    has_ended_B |= (new_BT == tokens.EOS).any(axis=1)
+    if has_ended_B.all():
+      return
 
 
 def _start(prompt_T: np.ndarray) -> np.ndarray:
@@ -259,22 +286,22 @@ def _remove_last(folder: epath.Path) -> None:
       old.unlink()
 
 
-def _draw(
-  sampler: Sampler,
-  prompt_T: np.ndarray,
-  length: int,
-  samples: Sequence[_Sample],
-  progress: Progress,
+def _take(
+  samples: Sequence[_Sample], new_BT: np.ndarray, progress: Progress
 ) -> None:
-  """Draws all samples of one prompt."""
+  for sample, ids_T in zip(samples, new_BT, strict=True):
+    sample.draw(ids_T)
+  progress.advance(new_BT.shape[1])
+
+
+@contextlib.contextmanager
+def _kept_if_interrupted(
+  samples: Sequence[_Sample], known: drawn_lib.Drawn
+) -> Iterator[None]:
   try:
-    for new_BT in sampler.run(_start(prompt_T), length):
-      for sample, ids_T in zip(samples, new_BT, strict=True):
-        sample.draw(ids_T)
-      progress.advance(new_BT.shape[1])
-      if all(sample.ended for sample in samples):
-        break
+    yield
   except BaseException:
+    known.write()
     # What is interrupted is worth a look, too.
     for sample in samples:
       sample.close()

@@ -148,7 +148,15 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   _join(args)
   import jax
 
-  from perceiver_ar import artifacts, distributed, sample, saved_step, workdir
+  from perceiver_ar import (
+    artifacts,
+    checkpoint,
+    distributed,
+    drawn,
+    sample,
+    saved_step,
+    workdir,
+  )
 
   trained = workdir.read_trained(args.workdir)
   prompts = _prompts(args, config, trained)
@@ -164,15 +172,21 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     layout=trained.layout,
     forbidden=trained.codec.forbidden,
   )
+  folder = epath.Path(args.workdir) / 'samples'
+  manifest = saved_step.read_manifest(
+    checkpoint.step_folder(args.workdir, step)
+  )
+  known = drawn.open_drawn(
+    folder, saved_step.digest([config.to_json(), manifest['arrays'], said])
+  )
   distributed.barrier('sample')
   if jax.process_index():
-    artifacts.draw_along(sampler, prompts, config.sample)
+    artifacts.draw_along(sampler, prompts, config.sample, known)
     distributed.barrier('exit')
     return 0
-  folder = epath.Path(args.workdir) / 'samples'
   report: dict[str, Any] = {'step': step}
   report |= artifacts.write_samples(
-    sampler, trained.codec, prompts, config.sample, folder
+    sampler, trained.codec, prompts, config.sample, folder, known
   )
   _write_json(report, folder / 'samples.json', args.output)
   print(

@@ -99,26 +99,32 @@ class Sampler:
     whole = partitioning.replicated(mesh)  # every process reads what is drawn
     self._uncached = jax.jit(step.uncached_segment, out_shardings=(None, whole))
 
-  def run(self, prompt_T: np.ndarray, length: int) -> Iterator[np.ndarray]:
+  def run(
+    self, prompt_T: np.ndarray, length: int, drawn_BT: np.ndarray | None = None
+  ) -> Iterator[np.ndarray]:
     """Yields [B, some] new tokens at a time, `length` of them in all.
 
     Args:
       prompt_T: at least one token (SOS), any length.
       length: tokens to draw.
+      drawn_BT: what another call has yielded of them, to go on from there.
     """
     self.check_length(len(prompt_T) + length)
+    known_BT = np.tile(prompt_T, (self._config.sample.num_samples, 1))
+    if drawn_BT is not None:
+      known_BT = np.concatenate([known_BT, drawn_BT], axis=1)
+    left = len(prompt_T) + length - known_BT.shape[1]
     if can_cache(self._config.model):
-      yield from self._run_cached(prompt_T, length)
+      yield from self._run_cached(known_BT, left)
     else:
-      yield from self._run_uncached(prompt_T, length)
+      yield from self._run_uncached(known_BT, left)
 
   def _run_cached(
-    self, prompt_T: np.ndarray, length: int
+    self, known_BT: np.ndarray, left: int
   ) -> Iterator[np.ndarray]:
-    B = self._config.sample.num_samples
-    cache = self._prime(prompt_T[:-1], self._empty())
-    recent_BT = np.tile(prompt_T[-max(self._R, 1) :], (B, 1))
-    index, left = len(prompt_T), length
+    cache = self._prime(known_BT[:, :-1], self._empty())
+    recent_BT = known_BT[:, -max(self._R, 1) :]
+    index = known_BT.shape[1]
     while left:
       T = min(self._R, index)
       new_BT, num, cache = self._segment(
@@ -134,32 +140,30 @@ class Sampler:
       index, left = index + new_BT.shape[1], left - new_BT.shape[1]
       yield new_BT
 
-  def _prime(self, prompt_T: np.ndarray, cache: Cache) -> Cache:
-    """Keys and values of the prompt; what is further back than M is skipped."""
-    B, chunk = self._config.sample.num_samples, min(_PROMPT_CHUNK, self._M)
-    first = max(0, len(prompt_T) + 1 - self._M)
+  def _prime(self, known_BT: np.ndarray, cache: Cache) -> Cache:
+    """Keys and values of inputs; what is further back than M is skipped."""
+    num, chunk = known_BT.shape[1], min(_PROMPT_CHUNK, self._M)
+    first = max(0, num + 1 - self._M)
     cache = dataclasses.replace(cache, num_inputs=np.int32(first))
     # Whole chunks come last, so that only the first may need a compile more.
-    ends = list(range(len(prompt_T), first, -chunk))[::-1]
-    for end in ends:
+    for end in list(range(num, first, -chunk))[::-1]:
       begin = max(first, end - chunk)
       cache = self._write(
         self._params,
-        np.tile(prompt_T[begin:end], (B, 1)),
+        known_BT[:, begin:end],
         self._positions(begin, end),
         cache,
       )
     return cache
 
   def _run_uncached(
-    self, prompt_T: np.ndarray, length: int
+    self, known_BT: np.ndarray, left: int
   ) -> Iterator[np.ndarray]:
     """Every token from a full forward pass: all positions move with it."""
-    B, M = self._config.sample.num_samples, self._M
-    window_BM = np.zeros((B, M), np.int32)
-    tail_T = prompt_T[-M:]
-    window_BM[:, M - len(tail_T) :] = tail_T
-    index, left = len(prompt_T), length
+    B, index = known_BT.shape
+    window_BM = np.zeros((B, self._M), np.int32)
+    tail_BT = known_BT[:, -self._M :]
+    window_BM[:, self._M - tail_BT.shape[1] :] = tail_BT
     while left:
       num = min(left, _UNCACHED_STEPS)
       window_BM, new_BT = self._uncached(

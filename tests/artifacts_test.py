@@ -6,9 +6,10 @@ import mido
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from tiny import make_config
 
-from perceiver_ar import artifacts
+from perceiver_ar import artifacts, drawn
 from perceiver_ar.data import image, music, text, tokens
 from perceiver_ar.errors import UserError
 
@@ -34,21 +35,27 @@ class Script:
   def room(self, num_prompt, length):
     return length
 
-  def run(self, prompt_T, length):
+  def run(self, prompt_T, length, drawn_BT):
     self.prompts.append(prompt_T.tolist())
+    at = 0
     for part in self.parts:
-      self.asked += 1
-      yield part
+      if at >= drawn_BT.shape[1]:
+        self.asked += 1
+        yield part
+      at += part.shape[1]
 
 
 def prompt_of(codec, data, length=0):
   return artifacts._cut('it', codec.read(data), length)
 
 
-def write(script, codec, prompts, folder, num_samples=2):
+def write(script, codec, prompts, folder, num_samples=2, request='this'):
   how = make_config({'sample.num_samples': num_samples, 'sample.length': 6})
   sampler: Any = script
-  return artifacts.write_samples(sampler, codec, prompts, how.sample, folder)
+  known = drawn.open_drawn(epath.Path(folder), request)
+  return artifacts.write_samples(
+    sampler, codec, prompts, how.sample, folder, known
+  )
 
 
 def names(folder):
@@ -94,10 +101,56 @@ def test_repairs_are_counted_and_what_is_unfinished_is_marked(tmp_path):
   assert (about['complete'], about['repairs']) == (False, 0)
 
 
+@pytest.mark.parametrize('after', [0, 1, 2])
+@pytest.mark.parametrize('request_after', ['this', 'other'])
+def test_what_was_interrupted_goes_on(tmp_path, after, request_after, capsys):
+  codec = text.ByteCodec()
+  parts = [
+    [[ord(x) + 3 for x in word] for word in words]
+    for words in (('ab', 'no'), ('cde', 'pqr'), ('f', 's'))
+  ]
+  prompts = [artifacts.NOTHING, prompt_of(codec, b'x')]
+
+  class Interrupted(Script):
+    def run(self, prompt_T, length, drawn_BT):
+      for part in super().run(prompt_T, length, drawn_BT):
+        if len(self.prompts) == 2 and self.asked > 3 + after:
+          raise KeyboardInterrupt
+        yield part
+
+  with pytest.raises(KeyboardInterrupt):
+    write(Interrupted(*parts), codec, prompts, tmp_path / 'a')
+  capsys.readouterr()
+  script = Script(*parts)
+  report = write(script, codec, prompts, tmp_path / 'a', request=request_after)
+  is_same = request_after == 'this'
+  assert script.asked == (3 - after if is_same else 6)
+  num = 2 * (6 + [0, 2, 5][after])
+  said = f'goes on after {num} tokens' if is_same else 'begins anew'
+  assert said in capsys.readouterr().out
+  whole = write(Script(*parts), codec, prompts, tmp_path / 'b')
+  assert report['samples'] == whole['samples']
+  assert names(tmp_path / 'a') == names(tmp_path / 'b')
+  for file in (tmp_path / 'b').iterdir():
+    assert (tmp_path / 'a' / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize('content', [b'', b'PK', b'x' * 99])
+def test_a_broken_file_of_what_was_drawn_is_not_believed(tmp_path, content):
+  known = drawn.Drawn(epath.Path(tmp_path), 'this')
+  known.add(0, np.ones((2, 3), np.int32))
+  known.write()
+  assert (
+    drawn.Drawn(epath.Path(tmp_path), 'this').of(0, 2).tolist() == [[1] * 3] * 2
+  )
+  (tmp_path / 'unfinished.npz').write_bytes(content)
+  assert drawn.Drawn(epath.Path(tmp_path), 'this').parts_BT == []
+
+
 def test_what_is_interrupted_is_on_disk(tmp_path):
   class Interrupted(Script):
-    def run(self, prompt_T, length):
-      yield from super().run(prompt_T, length)
+    def run(self, prompt_T, length, drawn_BT):
+      yield from super().run(prompt_T, length, drawn_BT)
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
@@ -108,7 +161,7 @@ def test_what_is_interrupted_is_on_disk(tmp_path):
       tmp_path,
       num_samples=1,
     )
-  assert names(tmp_path) == ['sample-0.png']
+  assert names(tmp_path) == ['sample-0.png', 'unfinished.npz']
 
 
 def test_new_samples_replace_all_old_ones(tmp_path):

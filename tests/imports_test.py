@@ -19,7 +19,7 @@ _LAYERS = [
   'flops checksums workdir host_reports stopping skipping '
   'preservation',
   'replicas train_step saved_step checkpoint inspection evaluate sample '
-  'artifacts',
+  'drawn artifacts',
   'prefetch starting train replay plan report watchdog',
   'main',
   'drill',
@@ -52,6 +52,7 @@ _ALSO = {
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are
   ('artifacts', 'sample'),
+  ('artifacts', 'drawn'),
   ('inspection', 'checkpoint'),
   ('inspection', 'saved_step'),
   ('main', 'drill'),

@@ -277,3 +277,18 @@ def test_what_is_forbidden_is_never_drawn():
   for how in ({}, {'top_k': 3}, {'top_p': 0.999}, {'temperature': 1e-3}):
     found_V = frequencies(logits_V, **how)
     assert not found_V[0] and not found_V[2]
+
+
+@pytest.mark.parametrize('positions', ['rotary', 'rotary_from_end'])
+@pytest.mark.parametrize('length', [7, 60])
+def test_what_was_interrupted_goes_on_with_the_same_tokens(positions, length):
+  """Wherever it was, before and after the context is full."""
+  _, sampler = make_sampler(model_changes(positions))
+  prompt_T = np.array(make_prompt(5), np.int32)
+  parts = list(sampler.run(prompt_T, length))
+  for num in range(len(parts) + 1):
+    before_BT = np.concatenate([parts[0][:, :0], *parts[:num]], axis=1)
+    after = list(sampler.run(prompt_T, length, before_BT))
+    assert len(after) == len(parts) - num
+    for got, want in zip(after, parts[num:], strict=True):
+      np.testing.assert_array_equal(got, want)
