@@ -66,6 +66,7 @@ def undisturbed(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
   tmp_path, compiled_once
 ):
@@ -247,7 +248,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
   config = copy_config(
     train__num_steps=30,
     train__max_skipped_steps=4,
-    optimizer__learning_rate=1e30,
+    optimizer__learning_rate=9e18,
     evaluate__every=0,
   )
   with pytest.raises(UserError) as error:
@@ -273,6 +274,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_a_run_with_spikes_goes_on_as_if_nothing_had_happened(
   tmp_path, monkeypatch
 ):
@@ -414,6 +416,7 @@ def test_a_damaged_record_ends_the_run_with_nothing_of_its_step(
   assert checkpoint.saved_steps(tmp_path / 'run')[-1] == good
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_counts_what_it_skipped(tmp_path, on_noise, caplog):
   path = shutil.copytree(on_noise / 'one', tmp_path / 'data')
   bad_records.flip(path, 3)

@@ -1,5 +1,6 @@
 """The codec of a data set, kept beside it and opened again by its name."""
 
+import re
 from typing import Any
 
 from etils import epath
@@ -7,10 +8,7 @@ from etils import epath
 from perceiver_ar.data import image, music, text, tokens
 from perceiver_ar.errors import UserError
 
-_FILES = {
-  codec.kind: codec.file
-  for codec in (text.SentencePieceCodec, text.TokenizersCodec)
-}
+_WITH_FILES = (text.SentencePieceCodec.kind, text.TokenizersCodec.kind)
 _MUSIC = {f'events{number}': number for number in music.VOCABULARIES}
 
 
@@ -26,11 +24,14 @@ def open_codec(
       file of this folder.
   """
   folder = epath.Path(folder)
-  if vocabulary.file != _FILES.get(vocabulary.kind, vocabulary.file):
+  is_name = re.fullmatch(r'[^/\\]+', vocabulary.file)
+  if vocabulary.kind in _WITH_FILES and (
+    not is_name or vocabulary.file in ('.', '..')
+  ):
     raise UserError(
       f'{folder}: vocabulary {vocabulary.kind!r} is said to be in the file '
-      f'{vocabulary.file!r}, where none of this kind is; prepare the data set '
-      'again'
+      f'{vocabulary.file!r}, which is none of this folder; prepare the data '
+      'set again'
     )
   codec = _open(vocabulary, layout, folder)
   if (codec.vocab_size, codec.sha256) != (vocabulary.size, vocabulary.sha256):

@@ -312,7 +312,7 @@ def test_a_manifest_names_no_vocabulary_elsewhere(write_data, file):
   raw = json.loads((folder / records.MANIFEST).read_text())
   raw['vocabulary'] |= {'kind': 'tokenizers', 'file': file}
   (folder / records.MANIFEST).write_text(json.dumps(raw))
-  with pytest.raises(UserError, match='where none of this kind is') as caught:
+  with pytest.raises(UserError, match='which is none of this folder') as caught:
     records.Documents(str(folder), 'train')
   assert str(folder) in str(caught.value) and repr(file) in str(caught.value)
 

@@ -212,8 +212,8 @@ def test_a_data_set_opens_only_with_its_own_vocabulary(codec, tmp_path):
     ),
     (codec.kind, codec.vocab_size, '00' * 32, 'another checksum'),
     ('words', 259, '', "vocabulary 'words' is unknown"),
-    ('sentencepiece', 285, '', "in the file 'gone'"),
-    ('tokenizers', 285, '', "in the file 'gone'"),
+    ('sentencepiece', 285, '', 'cannot be read'),
+    ('tokenizers', 285, '', 'cannot be read'),
   ):
     file = 'gone' if size == 285 and not sha256 else right.file
     wrong = Vocabulary(kind=kind, size=size, sha256=sha256, file=file)

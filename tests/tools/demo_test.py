@@ -101,12 +101,13 @@ def tool(stage, monkeypatch):
   monkeypatch.setattr(
     document,
     'write',
-    lambda path, commands: module.reported.append(commands) or path / 'r.html',
+    lambda run, commands, _: module.reported.append(commands) or run / 'r.html',
   )
   found = comparison.Comparison(
     '', 'bits per byte', {'this model': 2.125, 'xz -9': 2.5}, 1, ''
   )
-  monkeypatch.setattr(document, 'compare', lambda path: found)
+  monkeypatch.setattr(document, 'read', lambda path: path)
+  monkeypatch.setattr(document, 'compare', lambda run: found)
   return module
 
 
