@@ -114,7 +114,14 @@ def test_blocks_are_the_published_ones():
 
 
 # The model was made for M = 24 and N = 8.
-@pytest.mark.parametrize(('M', 'N', 'S'), [(6, 4, 3), (5, 2, 1), (30, 12, 5)])
+@pytest.mark.parametrize(
+  ('M', 'N', 'S'),
+  [
+    (6, 4, 3),
+    pytest.param(5, 2, 1, marks=pytest.mark.slow),
+    pytest.param(30, 12, 5, marks=pytest.mark.slow),
+  ],
+)
 def test_nats_are_those_of_the_definition(M, N, S):
   documents = Documents([2, 14])
   report = run(documents, context_length=M, num_latents=N, stride=S)

@@ -18,7 +18,7 @@ _MESH = {'data': 2, 'context': 2, 'model': 2}
 @pytest.mark.parametrize(
   ('mesh', 'changes'),
   [
-    ({}, {'model.token_table': 'always'}),
+    pytest.param({}, {'model.token_table': 'always'}, marks=pytest.mark.slow),
     (_MESH, {'model.token_table': 'always'}),
     ({}, {'model.logits_block': 3}),
     (_MESH, {'model.logits_block': 2}),
@@ -55,6 +55,7 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32():
   assert not found[0].any() and found.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_auto_takes_the_table_where_a_device_has_more_inputs_than_tokens():
   # 8 rows of 24 inputs, against 31 tokens.
   for mesh, choice in (({}, 'always'), ({'data': 4}, 'always')):

@@ -221,7 +221,7 @@ def compile_nothing(config, mesh, state, batch):
 @pytest.mark.parametrize(
   ('every', 'found'),
   [
-    (3, 6),
+    pytest.param(3, 6, marks=pytest.mark.slow),
     (1000, 8),  # before it is saved
   ],
 )

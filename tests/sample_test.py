@@ -114,10 +114,8 @@ def test_samples_are_those_of_full_forward_passes(prompt_length):
   assert found[0].tolist() != found[1].tolist()
 
 
-@pytest.mark.parametrize(
-  'positions',
-  ['rotary_from_end', pytest.param('sinusoidal', marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('positions', ['rotary_from_end', 'sinusoidal'])
 def test_so_they_are_with_other_positions(positions):
   config, sampler = make_sampler(
     model_changes(positions), top_k=9, refill_latents=7
@@ -168,6 +166,7 @@ def test_positions_that_move_with_the_end_are_sampled_without_a_cache():
   assert len(found) == 70
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_row_and_seed_and_not_on_the_others():
   prompt = make_prompt(4)
   few = draw(make_sampler()[1], prompt, 3 * M)

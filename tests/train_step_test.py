@@ -35,7 +35,7 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # latents are split over `context`.
 _MESHES = [
   ({'slice': 2, 'data': 2, 'model': 2}, 2),
-  ({'data': 2, 'context': 2, 'model': 2}, 1),
+  _slow({'data': 2, 'context': 2, 'model': 2}, 1),
   _slow({'data': 8, 'rules': 'replicated'}, 1),
   ({'context': 8}, 2),
   _slow({'slice': 2}, 1),
@@ -203,7 +203,7 @@ _SGD = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.1}
   [
     _slow({'slice': 2, 'data': 2, 'model': 2}),
     _slow({'data': 2, 'model': 2}),
-    {'data': 2},
+    _slow({'data': 2}),
   ],
   ids=str,
 )

@@ -299,6 +299,7 @@ def test_a_run_with_spikes_goes_on_as_if_nothing_had_happened(
   assert {r.get('skipped_for') for r in found} == {None, 'spike'}, found
 
 
+@pytest.mark.slow
 def test_a_loss_that_moves_for_good_ends_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(skipping, 'USUAL_STEPS', 2)
   # Every loss is above the mean of the last ones.
@@ -458,6 +459,7 @@ def test_a_save_that_failed_ends_the_run_before_the_next(tmp_path, monkeypatch):
   assert not checkpoint.saved_steps(tmp_path)
 
 
+@pytest.mark.slow
 def test_time_saves_besides_steps(tmp_path, monkeypatch):
   steps, save = [], checkpoint.Checkpoints.save
 

@@ -71,6 +71,7 @@ def test_the_classes_of_memory_are_all_that_xla_needs(trained):
   assert sizes['batch'] >= 4 * 2 * (25 + 24)  # 2 rows of tokens and positions
 
 
+@pytest.mark.slow
 def test_what_the_layers_keep_is_known(trained, kept_more):
   model = _CONFIG.model
   rows = _CONFIG.train.batch_size // 4
@@ -301,6 +302,7 @@ def test_a_layout_that_is_refused_says_why_in_its_line(machine):
   assert 'train.batch_size' in page.render_sweep(rows[:1])
 
 
+@pytest.mark.slow
 def test_the_fitting_step_is_the_step(machine):
   mesh = partitioning.make_mesh(_CONFIG.mesh, machine.devices)
   state = train_step.init_state(_CONFIG, mesh)

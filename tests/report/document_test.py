@@ -427,7 +427,16 @@ def test_the_host_that_waits_most_is_named(run):
 
 
 @pytest.mark.parametrize('name', ['../../secret.txt', '/etc/passwd', '..', ''])
-@pytest.mark.parametrize('key', ['file', 'piano_roll', 'audio', 'grid'])
+@pytest.mark.parametrize(
+  'key',
+  [
+    'file',
+    *(
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in ('piano_roll', 'audio', 'grid')
+    ),
+  ],
+)
 def test_the_page_shows_no_file_of_another_folder(run, key, name):
   folder = run / 'samples'
   sample(run, [])
