@@ -20,6 +20,7 @@ from perceiver_ar import config as config_lib
 from perceiver_ar import config_files, errors, flags, journal, paths, stopping
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
+from perceiver_ar.outputs import as_json, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,8 +126,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   report = {'step': step} | evaluator.run(params, visible=is_first)
   if is_first:
     folder = epath.Path(args.workdir)
-    _write_json(report, folder / 'evaluation.json', args.output)
-    print(_json(report), end='')
+    write_json(report, folder / 'evaluation.json', args.output)
+    print(as_json(report), end='')
   distributed.barrier('exit')
   return 0
 
@@ -173,12 +174,10 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     forbidden=trained.codec.forbidden,
   )
   folder = epath.Path(args.workdir) / 'samples'
-  manifest = saved_step.read_manifest(
-    checkpoint.step_folder(args.workdir, step)
-  )
-  known = drawn.open_drawn(
-    folder, saved_step.digest([config.to_json(), manifest['arrays'], said])
-  )
+  at = checkpoint.step_folder(args.workdir, step)
+  arrays = saved_step.read_manifest(at)['arrays']
+  request = saved_step.digest([config.to_json(), arrays, said])
+  known = drawn.open_drawn(folder, request)
   distributed.barrier('sample')
   if jax.process_index():
     artifacts.draw_along(sampler, prompts, config.sample, known)
@@ -188,7 +187,7 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   report |= artifacts.write_samples(
     sampler, trained.codec, prompts, config.sample, folder, known
   )
-  _write_json(report, folder / 'samples.json', args.output)
+  write_json(report, folder / 'samples.json', args.output)
   print(
     f'{len(report["samples"])} samples from step {step} in {folder} '
     f'({report["tokens_per_second"]:,.0f} tokens/s)'
@@ -211,7 +210,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
   if args.sweep:
     rows = advice.sweep(config, machine, args.command, hbm_bytes)
     print(page.render_sweep(rows), end='')
-    _write_json(page.sweep_to_dicts(rows), args.output)
+    write_json(page.sweep_to_dicts(rows), args.output)
     return 0
   plan = plans.make_plan(config, machine, args.command, hbm_bytes)
   report = plan.to_dict()
@@ -223,7 +222,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
       'keys': dict(change[0]),
       'plan': change[1].to_dict(),
     }
-  _write_json(report, args.output)
+  write_json(report, args.output)
   return 0
 
 
@@ -240,7 +239,7 @@ def _drill(args: argparse.Namespace, rest: list[str]) -> int:
     raise UserError('drill needs NAMEs of faults, or --all; see drill --list')
   faults = drills.FAULTS if args.all else drills.chosen(args.name)
   verdicts = drills.run(faults, args.processes)
-  _write_json([dataclasses.asdict(v) for v in verdicts], args.output)
+  write_json([dataclasses.asdict(v) for v in verdicts], args.output)
   return 0 if all(v.verdict != 'failed' for v in verdicts) else 1
 
 
@@ -250,7 +249,7 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
   config = config_files.resolve(rest, workdir.read_config(args.workdir))
   report = replay.replay(config, args.workdir, args.step)
   print(replay.render(report), end='')
-  _write_json(report.to_dict(), args.output)
+  write_json(report.to_dict(), args.output)
   return 0 if report.agrees else 1
 
 
@@ -276,7 +275,7 @@ def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
     other = args.other or args.workdir
     report = inspection.diff(args.workdir, args.step, other, args.other_step)
     print(json.dumps(report, indent=2))
-    _write_json(report, args.output)
+    write_json(report, args.output)
     return 0
   return _list_or_verify(args)
 
@@ -301,7 +300,7 @@ def _list_or_verify(args: argparse.Namespace) -> int:
       f'{args.workdir} holds no checkpoint; --workdir must be the folder of a '
       'run'
     )
-  _write_json(rows, args.output)
+  write_json(rows, args.output)
   return 0 if all(row.get('ok', True) for row in rows) else 1
 
 
@@ -395,22 +394,6 @@ def _prompts(args: argparse.Namespace, config: Config, trained: Any) -> Any:
   if length:
     raise UserError('--prompt_length needs --prompt or --prompt_split')
   return [artifacts.NOTHING]
-
-
-def _json(content: Any) -> str:
-  try:
-    return json.dumps(content, indent=2, allow_nan=False) + '\n'
-  except ValueError as error:
-    raise UserError(
-      f'the result is not finite ({content}); use an earlier --step, or '
-      'inputs within what the model was trained on'
-    ) from error
-
-
-def _write_json(content: Any, *paths: epath.PathLike | None) -> None:
-  for path in paths:
-    if path:
-      epath.Path(path).write_text(_json(content))
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips '
-  'roll_call places paths lines journal host_memory',
+  'roll_call places paths lines journal host_memory outputs',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping skipping '
   'preservation',
