@@ -19,10 +19,12 @@ _MESH = {'data': 2, 'context': 2, 'model': 2}
   ('mesh', 'changes'),
   [
     pytest.param({}, {'model.token_table': 'always'}, marks=pytest.mark.slow),
-    (_MESH, {'model.token_table': 'always'}),
+    pytest.param(
+      _MESH, {'model.token_table': 'always'}, marks=pytest.mark.slow
+    ),
     ({}, {'model.logits_block': 3}),
     (_MESH, {'model.logits_block': 2}),
-    ({}, {'model.remat': 'attention'}),
+    pytest.param({}, {'model.remat': 'attention'}, marks=pytest.mark.slow),
     ({}, {'model.remat': 'offload'}),
   ],
   ids=str,

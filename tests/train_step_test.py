@@ -295,6 +295,7 @@ def test_a_spike_changes_nothing_as_if_it_had_never_been(judged_early, mesh):
   np.testing.assert_allclose(last.usual_loss.mean, mean, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_the_key_a_spike_counts_like_any_other_step(judged_early):
   steps = _learnt(config_on({}, **_SLOW), with_other=True)
   assert not any(m['skipped'] or m['is_spike'] for m, _ in steps)
