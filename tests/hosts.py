@@ -40,7 +40,13 @@ def start_process(
     text=True,
     cwd=code,
     env=os.environ
-    | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)},
+    | {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices),
+      # Nothing here is worth optimising, at every start again.
+      'XLA_FLAGS': '--xla_backend_optimization_level=0 '
+      '--xla_llvm_disable_expensive_passes=true',
+    },
   )
 
 

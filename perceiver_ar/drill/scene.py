@@ -184,6 +184,9 @@ class Scene:
           'JAX_NUM_CPU_DEVICES': '1',
           'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'compiled'),
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+          # Nothing here is worth optimising, at every start again.
+          'XLA_FLAGS': '--xla_backend_optimization_level=0 '
+          '--xla_llvm_disable_expensive_passes=true',
         },
       )
 
