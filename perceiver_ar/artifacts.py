@@ -216,7 +216,7 @@ def write_samples(
       own = drawn[-how.num_samples :]
       before_BT = known.of(i, how.num_samples)
       _take(own, before_BT, progress)
-      for new_BT in new_tokens(sampler, prompt, length, before_BT):
+      for new_BT in _new_tokens(sampler, prompt, length, before_BT):
         known.add(i, new_BT)
         _take(own, new_BT, progress)
   seconds = time.monotonic() - start
@@ -252,10 +252,10 @@ def draw_along(
   for i, prompt in enumerate(prompts):
     length = sampler.room(len(prompt.tokens_T), how.length)
     before_BT = known.of(i, how.num_samples)
-    collections.deque(new_tokens(sampler, prompt, length, before_BT), maxlen=0)
+    collections.deque(_new_tokens(sampler, prompt, length, before_BT), maxlen=0)
 
 
-def new_tokens(
+def _new_tokens(
   sampler: Sampler, prompt: Prompt, length: int, before_BT: np.ndarray
 ) -> Iterator[np.ndarray]:
   """Yields [B, some] tokens until all samples of a prompt have ended."""

@@ -285,18 +285,18 @@ def render(report: Report) -> str:
       )
     )
   widths = [max(len(row[i]) for row in table) for i in range(4)]
-  lines = [
+  told = [
     '  '.join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
     for row in table
   ]
   if report.step > report.first:
     n = count(report)
-    lines.append(
+    told.append(
       f'on the way from step {report.first}: {n["identical"]} identical, '
       f'{n["close"]} within {report.tolerance}, {n["other"]} other, '
       f'{n["not_recorded"]} not recorded'
     )
-  return '\n'.join([*lines, conclude(report)]) + '\n'
+  return '\n'.join([*told, conclude(report)]) + '\n'
 
 
 def _difference(off: float) -> str:
