@@ -105,6 +105,7 @@ class Checkpoints:
     (step, meter), self._saved = self._saved, None
     self.last_memory, max_gb = meter.growth(), self._config.max_host_gb
     host_memory.warn_above(f'saving step {step}', self.last_memory, max_gb)
+    journal.event('memory', doing='save', step=step, bytes=self.last_memory)
 
   def check(self) -> None:
     """Raises SaveError if the last save has failed; waits for none."""
@@ -145,6 +146,7 @@ class Checkpoints:
     """
     if step in self.steps():
       return
+    self.wait()  # as Orbax would; and the last save's memory is known
     max_gb = self._config.max_host_gb
     if not self._in_parts and not host_memory.fits(flatten(state), max_gb):
       self.close()
@@ -215,6 +217,7 @@ class Checkpoints:
       growth = max(0, growth - at_rest)
     self.last_memory, max_gb = growth, self._config.max_host_gb
     host_memory.warn_above(f'restoring step {step}', growth, max_gb)
+    journal.event('memory', doing='restore', step=step, bytes=growth)
 
   def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
     """The newest sound step and its state; sets damaged newer ones aside.

@@ -9,7 +9,8 @@ that ended it. A line is one JSON object with `time` (seconds since the epoch),
   lost: steps that were done before, and their seconds; they are done again
   seconds: since this start, by what they were spent on; now and then
   save, evaluation: of step; seconds that the loop stood still for it
-  skipped: a step whose gradient was not finite
+  memory: by how many bytes of host memory process 0 grew to save or restore
+  skipped: a step that was not finite, or a spike
   set_aside: a damaged checkpoint
   slow: the host that the others wait for
   end: reason and exit status; a start without an end is a crash

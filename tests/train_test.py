@@ -141,6 +141,10 @@ def test_every_step_and_every_evaluation_has_a_row(undisturbed):
     for batch in batches
   ]
   assert all(re.fullmatch('[0-9a-f]{16}', r['data_digest']) for r in steps)
+  told = events(undisturbed, 'memory')
+  assert [(x['doing'], x['step']) for x in told] == [
+    ('save', step) for step in (2, 4, 6)
+  ]
 
 
 def test_a_run_that_is_over_says_so_and_changes_nothing(undisturbed, capsys):

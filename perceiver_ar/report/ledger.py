@@ -84,7 +84,7 @@ def make(rows: Sequence[Row], steps: Sequence[metrics.Row]) -> Ledger | None:
     for i, end in zip(firsts, ends, strict=True)
   ]
   wall = starts[-1].last - starts[0].began
-  quiet = {'start', 'seconds', 'save', 'evaluation', 'end'}
+  quiet = {'start', 'seconds', 'save', 'memory', 'evaluation', 'end'}
   return Ledger(
     starts=starts,
     wall=wall,
