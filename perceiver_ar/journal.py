@@ -233,7 +233,9 @@ def _write(row: Row) -> None:
 
 def _close() -> None:
   """Without an end, where there was none to tell."""
-  if _run.path is not None and _run.waiting and _run.file is None:
+  # To have read a checkpoint is no news of a run that does not go on.
+  is_news = any(row['event'] != 'memory' for row in _run.waiting)
+  if _run.path is not None and is_news and _run.file is None:
     _open(_run.path)
     for row in _run.waiting:
       _write(row)
