@@ -12,7 +12,6 @@ from runs import TINY, compiled_once, contents, copy_config, damage
 
 from perceiver_ar import (
   checkpoint,
-  flops,
   main,
   partitioning,
   replay,
@@ -29,7 +28,7 @@ _make_mesh = partitioning.make_mesh
 
 @pytest.fixture(scope='module', autouse=True)
 def _quick():
-  """One device, and one step that is compiled once."""
+  """One step, compiled once."""
   compile_step, compiled = starting.compile_step, {}
 
   def compile_once(config, *args):
@@ -39,13 +38,7 @@ def _quick():
     return compiled[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
     patch.setattr(starting, 'compile_step', compile_once)
-    patch.setattr(
-      partitioning,
-      'make_mesh',
-      lambda config, devices: _make_mesh(config, devices[:1]),
-    )
     yield
 
 

@@ -15,7 +15,7 @@ import pytest
 from states import same
 from tiny import make_config
 
-from perceiver_ar import checkpoint, partitioning, train_step
+from perceiver_ar import checkpoint, flops, partitioning, train_step
 from perceiver_ar.config import Config
 from perceiver_ar.data import layouts, text, tokens, writer
 
@@ -58,6 +58,20 @@ def compiled_once(
   yield folder
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device() -> Iterator[None]:
+  """Import it, too: one device compiles faster, and its speed is known."""
+  make_mesh = partitioning.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
+    patch.setattr(
+      partitioning,
+      'make_mesh',
+      lambda config, devices: make_mesh(config, devices[:1]),
+    )
+    yield
 
 
 def start(cache: pathlib.Path, *words: str) -> subprocess.Popen[str]:

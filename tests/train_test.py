@@ -21,6 +21,7 @@ from runs import (
   copy_config,
   damage,
   final_params,
+  one_device,
   rows,
   start,
   wait_until,
@@ -28,7 +29,6 @@ from runs import (
 
 from perceiver_ar import (
   checkpoint,
-  flops,
   journal,
   metrics,
   partitioning,
@@ -42,21 +42,7 @@ from perceiver_ar.data import pipeline, records
 from perceiver_ar.errors import SaveError, UserError
 from perceiver_ar.report import document
 
-__all__ = ['compiled_once']
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _quick():
-  """One device, which compiles faster, and no measuring of its speed."""
-  make_mesh = partitioning.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(flops, 'matmul_rate', lambda dtype, size: 1e9)
-    patch.setattr(
-      partitioning,
-      'make_mesh',
-      lambda config, devices: make_mesh(config, devices[:1]),
-    )
-    yield
+__all__ = ['compiled_once', 'one_device']
 
 
 @pytest.fixture(scope='module')
