@@ -44,8 +44,9 @@ demo-copy: .venv/demo  ## the same on copies of 1,024 tokens
 test: .venv/dev  ## the quick tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
+# And whoever is done first takes over: of these some take minutes.
 test-all: .venv/all  ## every test, the slow ones too
-	$(BIN)/pytest -n 2 --dist loadfile -m ''
+	$(BIN)/pytest -n 2 --dist worksteal -m ''
 
 lint: .venv/dev  ## style, imports, types
 	$(BIN)/ruff check

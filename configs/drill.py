@@ -2,7 +2,7 @@
 
   perceiver-ar drill --all
 
-A job of 1, 2, 3 or 4 processes with a device each makes 24 steps of it in a
+A job of 1, 2, 3 or 4 processes with a device each makes 16 steps of it in a
 second, once they are compiled.
 """
 
@@ -20,7 +20,7 @@ def get_config(arg: str = '') -> ConfigDict:
   c.model.num_layers = 1
   c.model.width = 48
   c.model.num_cross_heads = c.model.num_self_heads = 4
-  c.train.num_steps = 24
+  c.train.num_steps = 16
   c.train.batch_size = 12
   c.train.max_skipped_steps = 3
   c.train.log_every = 4

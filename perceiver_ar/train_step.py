@@ -64,11 +64,17 @@ def _initial_params(config: ModelConfig, key: jax.Array) -> Params:
   return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
+@functools.cache
+def _initial_shapes(config: ModelConfig) -> Params:
+  """Of `_initial_params`; tracing a model takes longer than a step of it."""
+  return jax.eval_shape(
+    functools.partial(_initial_params, config), jax.random.key(0)
+  )
+
+
 def abstract_params(config: Config, mesh: Mesh) -> Params:
   """Shapes, types and shardings of the parameters; nothing is allocated."""
-  boxed = jax.eval_shape(
-    functools.partial(_initial_params, config.model), jax.random.key(0)
-  )
+  boxed = _initial_shapes(config.model)
   shardings = partitioning.parameter_shardings(
     boxed, mesh, partitioning.parameter_rules(config.mesh.rules)
   )

@@ -6,7 +6,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Nobody holds a TPU here, so processes may share its compiler.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 # Compiling is most of the work of small tests, and half of it is LLVM's.
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+)
 
 import jax
 

@@ -80,6 +80,21 @@ def test_a_mistake_is_a_sentence(words, match, capsys):
   assert match in capsys.readouterr().err
 
 
+@pytest.fixture(scope='module')
+def jobs_of():
+  """Drills for so many processes; undisturbed runs are made once."""
+  made = {}
+
+  def get(num_processes):
+    if num_processes not in made:
+      made[num_processes] = drills.Drills(num_processes)
+    return made[num_processes]
+
+  yield get
+  for played in made.values():
+    played.remove()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('num_processes', [1, 2])
 def test_every_drill_passes(num_processes, tmp_path):
@@ -120,14 +135,15 @@ def test_every_drill_passes(num_processes, tmp_path):
     ('config', 'takes_any_config'),
   ],
 )
-def test_a_drill_fails_without_the_protection(name, removed):
+def test_a_drill_fails_without_the_protection(
+  name, removed, jobs_of, monkeypatch
+):
   (fault,) = drills.chosen([name])
+  played = jobs_of(fault.num_processes)
+  played.undisturbed(fault.without)
   program = [sys.executable, f'{ROOT}/tests/unprotected.py', removed]
-  unprotected = drills.Drills(fault.num_processes, program)
-  try:
-    verdict = unprotected.play(fault)
-  finally:
-    unprotected.remove()
+  monkeypatch.setattr(played, 'program', program)
+  verdict = played.play(fault)
   if verdict.verdict == 'not tried':
     pytest.skip(verdict.said)
   assert verdict.verdict == 'failed', verdict
@@ -168,12 +184,12 @@ def _some_start(scene, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(4))
-def test_whatever_happens_the_run_ends_as_if_nothing_had(seed):
+def test_whatever_happens_the_run_ends_as_if_nothing_had(seed, jobs_of):
   """Trains some steps, kills, saves, corrupts, changes hosts, resumes."""
   rng = np.random.default_rng(seed)
-  played = drills.Drills(int(rng.integers(1, 4)))
+  played = jobs_of(int(rng.integers(1, 4)))
   before, wanted = played.num_processes, played.undisturbed()
-  scene = played.scene('random')
+  scene = played.scene(f'random-{seed}')
   hosts = {before}
   for _ in range(5):
     _some_start(scene, rng)
@@ -181,4 +197,3 @@ def test_whatever_happens_the_run_ends_as_if_nothing_had(seed):
   scene.finish()
   assert scene.final
   drills.compare(scene.final, wanted, _EXACT if len(hosts) == 1 else _FLOATS)
-  played.remove()

@@ -5,14 +5,18 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
+# What one process has compiled, for all; it goes with this process.
+_COMPILED = tempfile.TemporaryDirectory(prefix='perceiver-ar-compiled-')
 
 # A process that never reaches the barrier of that name.
 _LATE = """
 import sys, time
-from perceiver_ar import distributed, main
+from perceiver_ar import distributed
+from perceiver_ar.drill import victim
 on_time = distributed.barrier
 def late(name):
   if name == sys.argv[1]:
@@ -20,7 +24,7 @@ def late(name):
     time.sleep(600)
   on_time(name)
 distributed.barrier = late
-main.main(sys.argv[2:])
+victim.run({}, sys.argv[2:])
 """
 
 
@@ -32,7 +36,9 @@ def start_process(
   code: pathlib.Path = ROOT,
 ) -> 'subprocess.Popen[str]':
   """`perceiver-ar WORDS`, or one that hangs before a barrier."""
-  start = ['-c', _LATE, late_at] if late_at else ['-m', 'perceiver_ar.main']
+  start = ['-m', 'perceiver_ar.drill.victim', '{}']  # without a fault
+  if late_at:
+    start = ['-c', _LATE, late_at]
   return subprocess.Popen(
     [sys.executable, *start, *words],
     stdout=subprocess.PIPE,
@@ -43,9 +49,8 @@ def start_process(
     | {
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
-      # Nothing here is worth optimising, at every start again.
-      'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-      '--xla_llvm_disable_expensive_passes=true',
+      'JAX_COMPILATION_CACHE_DIR': _COMPILED.name,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     },
   )
 

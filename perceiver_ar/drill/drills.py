@@ -60,16 +60,20 @@ class Drills:
   """Faults for jobs of so many processes.
 
   In a folder of its own, which goes unless something has failed.
+
+  Attributes:
+    num_processes: of a job.
+    program: that every process of a scene to come runs.
   """
 
-  def __init__(self, num_processes: int, program: Sequence[str] = _VICTIM):
+  def __init__(self, num_processes: int):
     if not _CONFIG.exists():
       raise UserError(
         f'{_CONFIG} is missing: drills run the configs of the project; install '
         'it from a checkout with pip install -e .'
       )
     self.num_processes = num_processes
-    self._program = program
+    self.program: Sequence[str] = _VICTIM
     self.folder = Path(tempfile.mkdtemp(prefix='perceiver-ar-drill-'))
     self._undisturbed: dict[tuple[int, ...], Trace] = {}
     self._lock = threading.Lock()
@@ -84,7 +88,7 @@ class Drills:
       f'--config.train.hang_seconds={HANG_SECONDS}',
       f'--config.checkpoint.save_every={SAVE_EVERY}',
     ]
-    scene = Scene(folder, self.num_processes, self._program, words)
+    scene = Scene(folder, self.num_processes, self.program, words)
     _write_data(folder / 'data')
     return scene
 

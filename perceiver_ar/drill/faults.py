@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from perceiver_ar import checkpoint
-from perceiver_ar.drill.scene import HANG_SECONDS, SAVE_EVERY, Failed, Scene
+from perceiver_ar.drill.scene import (
+  HANG_SECONDS,
+  NUM_STEPS,
+  SAVE_EVERY,
+  Failed,
+  Scene,
+)
 from perceiver_ar.errors import MISTAKE, RESTART
 
 _NAN_STEP = 7
@@ -204,7 +210,7 @@ def _nan_once(scene: Scene) -> None:
 
 
 def _nan_many(scene: Scene) -> None:
-  job = scene.start(faults={'nan_at': list(range(9, 24))}, on=None)
+  job = scene.start(faults={'nan_at': list(range(9, NUM_STEPS))}, on=None)
   scene.demand_status(job, MISTAKE)
   scene.demand(job, '3 steps in a row were skipped.*')
   scene.demand(scene.finish(), 'goes on from step 8 .*')

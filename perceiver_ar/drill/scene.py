@@ -16,7 +16,7 @@ from perceiver_ar import checkpoint, metrics, saved_step
 from perceiver_ar.errors import MISTAKE, RESTART, UserError
 
 SAVE_EVERY = 4
-NUM_STEPS = 24
+NUM_STEPS = 16
 HANG_SECONDS = 10.0
 _PATIENCE = 240.0  # seconds for what takes some, and for others to end
 _TIMES = ('seconds', 'data_wait')  # which no two runs share
