@@ -223,7 +223,7 @@ class Checkpoints:
     """The newest sound step and its state; sets damaged newer ones aside.
 
     Raises:
-      UserError: all are damaged, or the newest sound one is another model's.
+      UserError: all are damaged or gone, or the newest is another model's.
     """
     self.wait()
     meter, max_gb = host_memory.Meter(), self._config.max_host_gb
@@ -237,10 +237,13 @@ class Checkpoints:
         self._set_aside(error, 'no sound step is left')
       else:
         self._set_aside(error, f'step {found[0]} is used instead')
+    if found is None and not damaged:
+      journal.check_never_saved(self._workdir)
     if damaged and found is None:
       raise UserError(
         f'every checkpoint in {self._folder} was damaged, and they were moved '
-        f'to {self._workdir / _DAMAGED}; run again to train from the start'
+        f'to {self._workdir / _DAMAGED}; choose another --workdir to train '
+        'from the start'
       )
     return found
 

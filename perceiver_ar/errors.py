@@ -1,9 +1,18 @@
 """What the command line turns into one sentence and an exit status."""
 
+import errno
+
 MISTAKE = 2  # of the user's: the same again would fail again
 # Saved, or nothing lost: start it again. Launchers do; `man sysexits` has it
 # as EX_TEMPFAIL.
 RESTART = 75
+# Of storage and machines that are busy or away: the same may do again.
+PASSING = frozenset(
+  {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE}
+  | {errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
+  | {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN}
+  | {errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+)
 
 
 class UserError(ValueError):
@@ -33,6 +42,9 @@ def explain(error: BaseException) -> tuple[str, int]:
   said = str(error).partition('\n')[0]
   if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in said:
     return f'another process of the job has gone ({said}); run again', RESTART
+  if isinstance(error, OSError) and error.errno in PASSING:
+    where = f'{error.filename}: ' if error.filename is not None else ''
+    return f'{where}{error.strerror}; run again when that is over', RESTART
   # Others than those of a path are not the user's mistakes.
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; use another path', MISTAKE

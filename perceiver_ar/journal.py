@@ -36,6 +36,7 @@ from etils import epath
 
 from perceiver_ar import errors, lines
 from perceiver_ar.config import Config
+from perceiver_ar.errors import UserError
 from perceiver_ar.lines import Row
 
 _EVERY_SECONDS = 60.0  # at most so many are lost of the account by a crash
@@ -200,6 +201,25 @@ def read(workdir: epath.PathLike) -> list[Row]:
     UserError: a line before the last is broken.
   """
   return [row for _, row in lines.read(_path(workdir), 'event')]
+
+
+def check_never_saved(workdir: epath.PathLike) -> None:
+  """Where there is no checkpoint: the run would begin again, unasked.
+
+  Raises:
+    UserError: the run has saved, and what it saved is not there.
+  """
+  saved = [
+    row['step']
+    for row in read(workdir)
+    if row['event'] == 'memory' and row['doing'] == 'save'
+  ]
+  if saved:
+    raise UserError(
+      f'{_path(workdir)} tells of a checkpoint of step {saved[-1]}, and '
+      f'{epath.Path(workdir) / "checkpoints"} has none; bring the folder back '
+      '(is its disk mounted?), or choose another --workdir'
+    )
 
 
 def _path(workdir: epath.PathLike) -> epath.Path:

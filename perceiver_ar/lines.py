@@ -8,7 +8,8 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from etils import epath
@@ -39,24 +40,33 @@ class Appender:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Raises SaveError where it cannot: its disk is full."""
-    try:
+    with self._explained():
       self._file.write(json.dumps(row, allow_nan=False).encode() + b'\n')
       self._file.flush()
+
+  def sync(self) -> None:
+    """What is written outlives the machine, in a bucket too."""
+    with self._explained():
+      if isinstance(self._file, io.BytesIO):
+        self._path.write_bytes(self._file.getvalue())
+      else:
+        os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if isinstance(self._file, io.BytesIO):
+      self.sync()
+    with contextlib.suppress(OSError):  # what `write` has said
+      self._file.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    try:
+      yield
     except OSError as error:
       raise SaveError(
         f'{self._path} cannot be written ({error.strerror or error}); make '
         'room there or mend the storage, and run again'
       ) from error
-
-  def sync(self) -> None:
-    """What is written is in the file, in a bucket too."""
-    if isinstance(self._file, io.BytesIO):
-      self._path.write_bytes(self._file.getvalue())
-
-  def close(self) -> None:
-    self.sync()
-    with contextlib.suppress(OSError):  # what `write` has said
-      self._file.close()
 
 
 def plain(value: Any) -> Any:

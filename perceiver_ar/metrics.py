@@ -101,6 +101,11 @@ class Writer:
     self._tensorboard.write_scalars(step, numbers)
 
 
+def scalars(report: Mapping[str, Any]) -> dict[str, Any]:
+  """What has a place in a table: no lists of buckets, nothing unknown."""
+  return {k: v for k, v in report.items() if isinstance(v, int | float | str)}
+
+
 def read(workdir: epath.PathLike) -> tuple[list[Row], list[Row]]:
   """The rows of the training steps, and those of the evaluations.
 

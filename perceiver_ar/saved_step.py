@@ -7,11 +7,13 @@ else.
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import textwrap
 import time
@@ -27,10 +29,14 @@ from etils import epath
 
 from perceiver_ar import distributed, host_memory
 from perceiver_ar.checksums import PyTree, checksums, flatten, nest
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import PASSING, UserError
 
 # Of these a restore may die although the files are sound.
-_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE')
+_NO_DAMAGE_ERRORS = PASSING | {errno.EACCES, errno.EPERM}
+_NOT_DAMAGE = (
+  *('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE'),
+  *map(os.strerror, _NO_DAMAGE_ERRORS),  # as TensorStore quotes them
+)
 _PACKAGES = ('perceiver-ar', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 
@@ -122,9 +128,9 @@ def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:
 def _read_json(folder: epath.Path, name: str) -> Any:
   try:
     return json.loads((folder / name).read_text())
-  except PermissionError:
-    raise
   except (OSError, ValueError, RecursionError) as error:
+    if getattr(error, 'errno', None) in _NO_DAMAGE_ERRORS:
+      raise
     raise Damaged(folder, f'{name}: {one_line(error)}') from error
 
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -195,6 +194,7 @@ class _Loop:
         self._replicas.send(step + 1, state)
         if self._after(step + 1, state):
           break
+      self._watchdog.begin('save', 'the last checkpoint', waits=True)
       self._checkpoints.wait()
       journal.begin('end')
     return self._end(step + 1)
@@ -231,18 +231,23 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
-      self._watchdog.begin('evaluation', f'the evaluation of step {step}')
+      what = f'the evaluation of step {step}'
+      self._watchdog.begin('evaluation', what, waits=True)
       distributed.barrier('evaluation')
+      self._watchdog.begin('evaluation', what)
       report = self._evaluator.run(state.params, visible=False)
-      self._writer.write(step, _scalars(report))
+      self._writer.write(step, metrics.scalars(report))
       loss = report['nats_per_token']
       journal.event('evaluation', step=step, seconds=journal.taken())
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
-      self._watchdog.begin('save', f'the checkpoint of step {step}')
+      what = f'the checkpoint of step {step}'
+      self._watchdog.begin('save', what, waits=True)
       self._replicas.check(step, state)
       distributed.barrier('save')
+      self._checkpoints.wait()  # for the one before
+      self._watchdog.begin('save', what)
       self._writer.sync()
       journal.sync()
       self._checkpoints.save(
@@ -313,6 +318,7 @@ class _Loop:
   def _check_skipped(self, step: int, in_a_row: int) -> None:
     if in_a_row < self._config.train.max_skipped_steps:
       return
+    self._watchdog.begin('save', 'the last checkpoint', waits=True)
     self._checkpoints.wait()
     good = self._checkpoints.latest()
     where = 'there is no checkpoint yet'
@@ -349,11 +355,6 @@ class _Loop:
 def _say(line: str) -> None:
   if jax.process_index() == 0:
     print(line)
-
-
-def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:
-  """What has a place in a table: no lists of buckets, nothing unknown."""
-  return {k: v for k, v in report.items() if isinstance(v, int | float | str)}
 
 
 def _announce(

@@ -147,6 +147,20 @@ def test_a_broken_file_of_what_was_drawn_is_not_believed(tmp_path, content):
   assert drawn.Drawn(epath.Path(tmp_path), 'this').parts_BT == []
 
 
+def test_a_flipped_bit_of_what_was_drawn_is_no_crash(tmp_path):
+  file = tmp_path / 'unfinished.npz'
+  known = drawn.Drawn(epath.Path(tmp_path), 'this')
+  known.add(0, np.ones((2, 3), np.int32))
+  known.write()
+  sound = file.read_bytes()
+  for at in range(len(sound)):
+    file.write_bytes(
+      sound[:at] + bytes([sound[at] ^ 1 << at % 8]) + sound[at + 1 :]
+    )
+    for part_BT in drawn.Drawn(epath.Path(tmp_path), 'this').parts_BT:
+      assert part_BT.tolist() == [[1] * 3] * 2
+
+
 def test_what_is_interrupted_is_on_disk(tmp_path):
   class Interrupted(Script):
     def run(self, prompt_T, length, drawn_BT):

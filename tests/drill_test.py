@@ -19,7 +19,9 @@ _EXACT = Fault('exact', '', lambda scene: None)
 _FLOATS = dataclasses.replace(_EXACT, exact=False)
 _ROW = {'loss': 1.0, 'data_digest': 'a'}
 _TRACE = Trace(
-  [{'step': step} | _ROW for step in range(3)], {'params/x': ['f4', [1], 'a']}
+  [{'step': step} | _ROW for step in range(3)],
+  {'params/x': ['f4', [1], 'a']},
+  pathlib.Path(),
 )
 
 
@@ -41,9 +43,12 @@ def test_equal_runs_and_steps_left_out_are_the_same(fault):
     (changed(2, loss=1.0000001), 'step 2 has loss 1.0000001, and .* 1.0'),
     (changed(2, data_digest='b'), 'step 2 has data_digest b'),
     (changed(2, skipped=1), 'step 2 has skipped 1, and .* None'),
-    (Trace(_TRACE.rows[:2], _TRACE.arrays), 'other steps'),
-    (Trace(_TRACE.rows * 2, _TRACE.arrays), 'other steps'),
-    (Trace(_TRACE.rows, {'params/x': ['f4', [1], 'b']}), 'params/x ends with'),
+    (dataclasses.replace(_TRACE, rows=_TRACE.rows[:2]), 'other steps'),
+    (dataclasses.replace(_TRACE, rows=_TRACE.rows * 2), 'other steps'),
+    (
+      dataclasses.replace(_TRACE, arrays={'params/x': ['f4', [1], 'b']}),
+      'params/x ends with',
+    ),
   ],
 )
 def test_a_run_that_is_another_fails(got, match):
@@ -197,3 +202,4 @@ def test_whatever_happens_the_run_ends_as_if_nothing_had(seed, jobs_of):
   scene.finish()
   assert scene.final
   drills.compare(scene.final, wanted, _EXACT if len(hosts) == 1 else _FLOATS)
+  drills.compare_params(scene.final, wanted)

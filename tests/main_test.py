@@ -287,7 +287,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(copied, capsys):
   assert contents(copied) == before
   words = ('--config.train.num_steps=8', '--config.evaluate.every=0')
   assert run('train', TINY, f'--workdir={copied}', *words) == 2
-  assert 'run again to train from the start' in capsys.readouterr().err
+  assert (
+    'choose another --workdir to train from the start'
+    in capsys.readouterr().err
+  )
   assert {p.name for p in (copied / 'damaged').iterdir()} == {'4-1', '8-1'}
 
 

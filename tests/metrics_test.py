@@ -231,3 +231,21 @@ def test_a_full_disk_is_said_with_the_file():
   with pytest.raises(SaveError, match='full cannot be written'):
     file.write({'step': 1})
   file.close()
+
+
+def test_what_is_synced_outlives_the_machine(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(lines_lib.os, 'fsync', synced.append)
+  file = lines_lib.Appender(epath.Path(tmp_path / 'x.jsonl'), [])
+  file.write({'step': 1})
+  assert not synced
+  file.sync()
+  assert len(synced) == 1
+
+  def full(number):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(lines_lib.os, 'fsync', full)
+  with pytest.raises(SaveError, match=r'x\.jsonl cannot be written'):
+    file.sync()
+  file.close()

@@ -1,13 +1,15 @@
 """Damaged files are refused, whichever they are."""
 
+import errno
 import itertools
+import os
 import shutil
 
 import pytest
 from etils import epath
 from states import CONFIG, make_mesh, make_state, same, sharded
 
-from perceiver_ar import checkpoint, saved_step
+from perceiver_ar import checkpoint, errors, host_memory, saved_step
 
 
 def cut(content):
@@ -34,6 +36,44 @@ def flip(share):
 
 
 CHANGES = [cut, empty, delete, flip(0.05), flip(0.5)]
+
+
+@pytest.fixture
+def saved(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, CONFIG.checkpoint) as checkpoints:
+    checkpoints.save(3, make_state(3), config=CONFIG, loss=None)
+  return epath.Path(tmp_path / 'checkpoints' / '3')
+
+
+def test_storage_that_does_not_answer_is_no_damage(saved, monkeypatch):
+  def away(path):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+  monkeypatch.setattr(type(saved), 'read_text', away)
+  with pytest.raises(OSError) as raised:
+    saved_step.restore(saved, make_state(3), '')
+  sentence, status = errors.explain(raised.value)
+  assert status == errors.RESTART
+  assert sentence.startswith(str(saved)) and 'Stale file handle' in sentence
+
+
+@pytest.mark.parametrize(
+  ('said', 'is_damage'),
+  [
+    ('UNKNOWN: Error reading "d/1": [OS error 5: Input/output error]', False),
+    ('NOT_FOUND: d/1 [OS error 24: Too many open files]', False),
+    ('DATA_LOSS: d/1 [CRC-32C checksum verification failed]', True),
+  ],
+)
+def test_readers_say_which_it_is(saved, monkeypatch, said, is_damage):
+  class Reader:
+    def restore(self, *args, **kwargs):
+      raise ValueError(said)
+
+  monkeypatch.setattr(host_memory, 'reader', lambda *_: Reader())
+  with pytest.raises(ValueError, match='d/1') as raised:
+    saved_step.restore(saved, make_state(3), '')
+  assert isinstance(raised.value, saved_step.Damaged) == is_damage
 
 
 @pytest.mark.slow  # the checkpoint's own tests have one damage of each kind

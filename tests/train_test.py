@@ -133,6 +133,18 @@ def test_every_step_and_every_evaluation_has_a_row(undisturbed):
   ]
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
+  undisturbed, tmp_path
+):
+  """A disk that is not mounted, say."""
+  folder = shutil.copytree(undisturbed, tmp_path / 'run')
+  shutil.rmtree(folder / 'checkpoints')
+  before = contents(folder)
+  with pytest.raises(UserError, match='tells of a checkpoint of step 6, and'):
+    train.train_and_evaluate(copy_config(), folder)
+  assert contents(folder) == before
+
+
 def test_a_run_that_is_over_says_so_and_changes_nothing(undisturbed, capsys):
   before = contents(undisturbed)
   assert train.train_and_evaluate(copy_config(), undisturbed) == 0

@@ -168,23 +168,24 @@ def _small_disk(scene: Scene) -> Iterator[Path]:
   checkpoints.mkdir(parents=True)
   words = f'mount -t tmpfs -o size=8m drill {checkpoints} && echo && cat'
   try:
-    with subprocess.Popen(
+    holder = subprocess.Popen(
       ['unshare', '--user', '--map-root-user', '--mount', 'sh', '-c', words],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
-    ) as holder:
-      assert holder.stdout and holder.stderr and holder.stdin
-      if not holder.stdout.readline():
-        said = holder.stderr.read().decode(errors='replace').strip()
-        raise NotTried(f'a small disk cannot be mounted here ({said})')
-      scene.enter(holder.pid)
-      try:
-        yield scene.seen / 'checkpoints'
-      finally:
-        holder.stdin.close()
+    )
   except FileNotFoundError as error:
     raise NotTried('a small disk takes unshare, of util-linux') from error
+  with holder:
+    assert holder.stdout and holder.stderr and holder.stdin
+    if not holder.stdout.readline():
+      said = holder.stderr.read().decode(errors='replace').strip()
+      raise NotTried(f'a small disk cannot be mounted here ({said})')
+    scene.enter(holder.pid)
+    try:
+      yield scene.seen / 'checkpoints'
+    finally:
+      holder.stdin.close()
 
 
 def _storage(scene: Scene) -> None:

@@ -33,10 +33,12 @@ class Trace:
   Attributes:
     rows: of metrics.jsonl, without times.
     arrays: of the last checkpoint, with their checksums.
+    workdir: of the run.
   """
 
   rows: list[dict[str, Any]]
   arrays: dict[str, Any]
+  workdir: Path
 
 
 class Job:
@@ -258,7 +260,8 @@ class Scene:
     ]
     step = checkpoint.saved_steps(self.seen)[-1]
     folder = checkpoint.step_folder(self.seen, step)
-    return Trace(rows, saved_step.read_manifest(folder)['arrays'])
+    arrays = saved_step.read_manifest(folder)['arrays']
+    return Trace(rows, arrays, self.seen)
 
 
 def _free_port() -> int:

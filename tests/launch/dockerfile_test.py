@@ -65,6 +65,12 @@ def test_dependencies_are_those_of_the_project(extra, tmp_path):
   assert shlex.split(install)[0] == 'python'
 
 
+def test_no_extra_names_the_project_itself():
+  """Before its source is there, pip would look for it elsewhere."""
+  extras = _PROJECT['optional-dependencies'].values()
+  assert not [x for xs in extras for x in xs if x.startswith(_PROJECT['name'])]
+
+
 def test_dependencies_come_before_the_source():
   """Else every change of a line downloads all of them again."""
   words = [' '.join(instruction) for instruction in _instructions()]
