@@ -88,8 +88,7 @@ def _gather(
   names = {'0': socket.gethostname()}
   callers: dict[str, socket.socket] = {}
   try:
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    server = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    server = _listen(host, port)
   except OSError as error:
     raise HostsError(
       f'start: process 0 cannot listen on port {port} ({error.strerror}); '
@@ -109,6 +108,15 @@ def _gather(
     for caller in callers.values():
       _write(caller, names)
   return names
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  """Where the host is; '': everywhere, for IPv4 and IPv6 if there are both."""
+  both = not host and socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if both or ':' in host else socket.AF_INET
+  return socket.create_server(
+    (host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+  )
 
 
 def _introduced(told: Any, num_processes: int) -> tuple[str, str]:

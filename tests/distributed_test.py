@@ -113,6 +113,19 @@ def test_all_processes_learn_the_names_of_all():
   assert roll([2, 0, 3, 1], 4, seconds=30) == [names] * 4
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason='needs IPv6')
+def test_hosts_may_call_over_either_kind_of_address():
+  port, end = free_port(), time.monotonic() + 30
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first = pool.submit(roll_call._gather, '', port, 3, end)
+    others = [
+      pool.submit(roll_call._answer, host, port, process, 3, end)
+      for process, host in ((1, '127.0.0.1'), (2, '::1'))
+    ]
+    assert set(first.result()) == {'0', '1', '2'}
+    assert all(set(other.result()) == {'0', '1', '2'} for other in others)
+
+
 def test_who_does_not_come_is_named_to_all():
   for said in roll([0, 1, 3], 5, seconds=1):
     assert 'start: processes 2, 4 did not come within 1 s' in said

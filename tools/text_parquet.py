@@ -153,7 +153,10 @@ def _naming(path: Path | str) -> Iterator[None]:
 
   try:
     yield
-  except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
+  except (
+    *(pa.ArrowException, OSError, KeyError, StopIteration),
+    UnicodeDecodeError,  # a text that is none
+  ) as error:
     first = (str(error).strip() or 'it ends too early').splitlines()[0]
     raise UserError(
       f'{path} cannot be read as parquet ({first}); download it again'

@@ -45,6 +45,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/linear
 ReturnToService=2
+KillWait=10
 MpiDefault=none
 NodeName=localhost NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
 PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
@@ -106,6 +107,35 @@ def slurm(tmp_path):
     for daemon in reversed(running):
       daemon.terminate()
       daemon.wait(30)
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
+  program, log = tmp_path / 'bin' / 'perceiver-ar', tmp_path / 'job.log'
+  program.parent.mkdir()
+  program.write_text('#!/bin/sh\necho trains\nexec sleep 600\n')
+  program.chmod(0o755)
+  job = slurm(
+    'sbatch',
+    '--parsable',
+    f'--output={log}',
+    f'--export=ALL,PERCEIVER_AR_BIN={program.parent}',
+    'launch/slurm.sbatch',
+    'train',
+  ).strip()
+  wait_for(lambda: log.exists() and 'trains' in log.read_text())
+  slurm('scancel', job)
+  wait_for(lambda: not slurm('squeue', '--noheader', '--job', job))
+  state = slurm('scontrol', 'show', 'job', job)
+  assert 'JobState=CANCELLED' in state and 'Restarts=0' in state
+  assert 'queued again' not in log.read_text()
+
+
+def wait_for(is_true):
+  end = time.monotonic() + _PATIENCE
+  while not is_true():
+    assert time.monotonic() < end
+    time.sleep(0.2)
 
 
 @pytest.mark.slow
