@@ -194,7 +194,6 @@ class _Loop:
         self._replicas.send(step + 1, state)
         if self._after(step + 1, state):
           break
-      self._watchdog.begin('save', 'the last checkpoint', waits=True)
       self._checkpoints.wait()
       journal.begin('end')
     return self._end(step + 1)
@@ -231,10 +230,8 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
-      what = f'the evaluation of step {step}'
-      self._watchdog.begin('evaluation', what, waits=True)
+      self._watchdog.begin('evaluation', f'the evaluation of step {step}')
       distributed.barrier('evaluation')
-      self._watchdog.begin('evaluation', what)
       report = self._evaluator.run(state.params, visible=False)
       self._writer.write(step, metrics.scalars(report))
       loss = report['nats_per_token']
@@ -242,12 +239,9 @@ class _Loop:
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
-      what = f'the checkpoint of step {step}'
-      self._watchdog.begin('save', what, waits=True)
+      self._watchdog.begin('save', f'the checkpoint of step {step}')
       self._replicas.check(step, state)
       distributed.barrier('save')
-      self._checkpoints.wait()  # for the one before
-      self._watchdog.begin('save', what)
       self._writer.sync()
       journal.sync()
       self._checkpoints.save(
@@ -318,7 +312,6 @@ class _Loop:
   def _check_skipped(self, step: int, in_a_row: int) -> None:
     if in_a_row < self._config.train.max_skipped_steps:
       return
-    self._watchdog.begin('save', 'the last checkpoint', waits=True)
     self._checkpoints.wait()
     good = self._checkpoints.latest()
     where = 'there is no checkpoint yet'

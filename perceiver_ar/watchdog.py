@@ -32,7 +32,7 @@ class Watchdog:
     self._taken: dict[str, collections.deque[float]] = collections.defaultdict(
       lambda: collections.deque(maxlen=_REMEMBERED)
     )
-    self._now = '', '', False, time.monotonic()
+    self._now = '', '', time.monotonic()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -44,46 +44,41 @@ class Watchdog:
   def __exit__(self, *exception: object) -> None:
     self._over.set()
 
-  def begin(self, kind: str, what: str, *, waits: bool = False) -> None:
+  def begin(self, kind: str, what: str) -> None:
     """What was begun before is done; the journal's clock is told, too.
 
     Args:
       kind: of which one takes about as long as another: step, save.
       what: for people, such as 'step 57'.
-      waits: at first it only waits, for other hosts or for storage, which
-        takes no time or long; `begin` comes again when it is over.
     """
-    before, _, waited, since = self._now
+    before, _, since = self._now
     now = time.monotonic()
-    if not waited:
-      self._taken[before].append(now - since)
-    self._now = kind, what, waits, now
-    if not (waited and before == kind):
-      journal.begin(kind)
+    self._taken[before].append(now - since)
+    self._now = kind, what, now
+    journal.begin(kind)
 
   def limit(self, kind: str) -> float:
-    """The seconds that one of this kind may take now; '': of no known kind."""
-    taken = self._taken.get(kind) if kind else None
+    """The seconds that one of this kind may take now."""
+    taken = self._taken.get(kind)
     if not taken:
       return max(self._seconds, _FIRST_SECONDS)
     return max(self._seconds, _PATIENCE * statistics.median(taken))
 
   def _watch(self) -> None:
     while not self._over.wait(min(self._seconds / 4, 1.0)):
-      kind, what, waits, since = self._now
+      kind, what, since = self._now
       taken = time.monotonic() - since
-      limit = self.limit('' if waits else kind)
-      if kind and taken > limit:
-        self._end(what, taken, limit)
+      if kind and taken > self.limit(kind):
+        self._end(kind, what, taken)
 
-  def _end(self, what: str, taken: float, limit: float) -> None:
+  def _end(self, kind: str, what: str, taken: float) -> None:
     # Whatever hangs, the file system or the other processes with it.
     last = threading.Timer(_LAST_SECONDS, os._exit, [RESTART])
     last.daemon = True
     last.start()
     print(
       f'perceiver-ar: process {distributed.me()} hangs in {what}: {taken:.0f} '
-      f's, and the limit is {limit:.0f} s '
+      f's, and the limit is {self.limit(kind):.0f} s '
       f'(train.hang_seconds); the last barrier was '
       f'{distributed.last_barrier()!r}; the stacks of its threads follow, and '
       'it ends, to be started again',

@@ -39,22 +39,6 @@ def test_limits_follow_what_a_kind_takes():
     assert watchdog.limit('save') == 7
 
 
-def test_waiting_has_a_limit_of_its_own_and_is_no_measure(monkeypatch):
-  told, ended = [], []
-  monkeypatch.setattr(journal, 'begin', told.append)
-  monkeypatch.setattr(Watchdog, '_end', lambda *end: ended.append(end[1:]))
-  with Watchdog(0.05) as watchdog:
-    for _ in range(3):
-      watchdog.begin('save', 'a save', waits=True)
-      time.sleep(0.3)
-      watchdog.begin('save', 'a save')
-    assert told == ['save'] * 3
-    assert not ended
-    assert watchdog.limit('save') == 0.05
-    time.sleep(0.3)
-  assert ended and ended[0][0] == 'a save' and ended[0][2] == 0.05
-
-
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
   words = [

@@ -34,7 +34,9 @@ from perceiver_ar.progress import Progress
 _CONFIG = Path(__file__).parents[2] / 'configs' / 'drill.py'
 _VICTIM = (sys.executable, '-m', 'perceiver_ar.drill.victim')
 _TOLERANCE = 1e-3  # of sums in another order
-_PARAMS_TOLERANCE = 1e-4  # a hundredth of what a single update may change
+# A tenth of what a single update may change: biases of keys have no gradient
+# but noise, and Adam makes it larger.
+_PARAMS_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
