@@ -8,7 +8,14 @@ import shutil
 import jax
 import pytest
 from hosts import ends, start_job, start_process
-from runs import TINY, compiled_once, contents, copy_config, damage
+from runs import (
+  TINY,
+  compiled_once,
+  contents,
+  copy_config,
+  damage,
+  one_device,
+)
 
 from perceiver_ar import (
   checkpoint,
@@ -21,7 +28,7 @@ from perceiver_ar import (
 from perceiver_ar.config import MeshConfig
 from perceiver_ar.errors import UserError
 
-__all__ = ['compiled_once']
+__all__ = ['compiled_once', 'one_device']
 
 _make_mesh = partitioning.make_mesh
 
