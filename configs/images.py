@@ -56,6 +56,7 @@ def _imagenet64() -> ConfigDict:
   c.train.num_steps = 750_000
   c.optimizer.schedule = 'cosine'
   c.optimizer.decay_start = 700_000
+  c.evaluate.batch_size = c.evaluate.max_examples = 256  # a row for each chip
   c.sample.length = 12_288
   return c
 

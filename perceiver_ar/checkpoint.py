@@ -44,10 +44,12 @@ class Checkpoints:
     last_memory: by how many bytes this process grew in the last save or
       restore that is over, without the arrays that a restore left in host
       memory; None before, and where there is no /proc.
+    last_seconds: from the last save's begin until it was seen to be over.
   """
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
     self.last_memory: int | None = None
+    self.last_seconds: float | None = None
     self._saved: tuple[int, host_memory.Meter] | None = None
     self._config = config
     self._workdir = paths.absolute(workdir)
@@ -103,9 +105,13 @@ class Checkpoints:
     if self._saved is None:
       return
     (step, meter), self._saved = self._saved, None
-    self.last_memory, max_gb = meter.growth(), self._config.max_host_gb
-    host_memory.warn_above(f'saving step {step}', self.last_memory, max_gb)
-    journal.event('memory', doing='save', step=step, bytes=self.last_memory)
+    self.last_seconds = meter.seconds()
+    self._tell_memory('save', step, meter.growth())
+
+  def _tell_memory(self, doing: str, step: int, growth: int | None) -> None:
+    self.last_memory, max_gb = growth, self._config.max_host_gb
+    host_memory.warn_above(f'the {doing} of step {step}', growth, max_gb)
+    journal.event('memory', doing=doing, step=step, bytes=growth)
 
   def check(self) -> None:
     """Raises SaveError if the last save has failed; waits for none."""
@@ -153,7 +159,7 @@ class Checkpoints:
       self._in_parts = True
       self._manager = self._open()
     config_json = dataclasses.asdict(config)
-    self._saved = step, host_memory.Meter()
+    meter = host_memory.Meter()
     manifest = saved_step.make_manifest(step, state, config_json, loss, data)
     if manifest['loss'] is not None:
       self._losses[step] = manifest['loss']
@@ -174,6 +180,7 @@ class Checkpoints:
         force=True,
       )
     assert saved
+    self._saved = step, meter
     if self._in_parts:
       self.wait()
 
@@ -184,11 +191,6 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     return max(self.steps(), default=None)
-
-  def best(self) -> int | None:
-    """The step with the lowest loss, the later one of equals."""
-    scored = [s for s in self.steps() if s in self._losses]
-    return min(scored, key=lambda s: (self._losses[s], -s), default=None)
 
   def restore(self, step: int, abstract_state: PyTree) -> PyTree:
     """The state at `step`, laid out as `abstract_state` says.
@@ -215,9 +217,7 @@ class Checkpoints:
     if growth is not None:
       at_rest = host_memory.at_rest(flatten(state).values())
       growth = max(0, growth - at_rest)
-    self.last_memory, max_gb = growth, self._config.max_host_gb
-    host_memory.warn_above(f'restoring step {step}', growth, max_gb)
-    journal.event('memory', doing='restore', step=step, bytes=growth)
+    self._tell_memory('restore', step, growth)
 
   def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
     """The newest sound step and its state; sets damaged newer ones aside.
@@ -230,16 +230,16 @@ class Checkpoints:
     damaged, found = _newest_sound(
       self._workdir, abstract_state, '', None, max_gb
     )
+    instead = 'no sound step is left'
+    if found is not None:
+      instead = f'step {found[0]} is used instead'
+    for error in damaged:
+      self._set_aside(error, instead)
     if found is not None:
       self._measure_restore(*found, meter)
-    for error in damaged:
-      if found is None:
-        self._set_aside(error, 'no sound step is left')
-      else:
-        self._set_aside(error, f'step {found[0]} is used instead')
-    if found is None and not damaged:
+    elif not damaged:
       journal.check_never_saved(self._workdir)
-    if damaged and found is None:
+    else:
       raise UserError(
         f'every checkpoint in {self._folder} was damaged, and they were moved '
         f'to {self._workdir / _DAMAGED}; choose another --workdir to train '

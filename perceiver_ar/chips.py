@@ -10,6 +10,7 @@ Sources, for all but the clock and what the compiler keeps for itself:
 The clock follows from the peak: cores x matrix units x 2 x side^2 operations a
 cycle. With it, the cycles that libtpu 0.0.42 expects of a bfloat16 matmul of
 16,384 are 92 % of the peak on v5e and 94 % on v5p, 78 % on v6e.
+What the host holds comes over PCIe: 16 to 32 GB/s a chip, says the second.
 `usable` is what libtpu 0.0.42 says it has when a program is too large for it.
 """
 
@@ -17,6 +18,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from perceiver_ar.errors import UserError
+
+HOST_BANDWIDTH = 16e9  # bytes per second, one way; the lower end
 
 _GIB = 2**30
 

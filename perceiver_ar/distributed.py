@@ -60,6 +60,8 @@ class _Job:
   seconds: float = 0.0
   num_barriers: int = 0
   last_barrier: str = ''
+  waited: float = 0.0  # seconds at barriers that are passed
+  waits_since: float | None = None
 
 
 _job = _Job()
@@ -148,7 +150,7 @@ def barrier(name: str) -> None:
   _job.num_barriers += 1
   at = f'barrier/{_job.num_barriers}'
   process = jax_distributed.global_state.process_id
-  with _service(name):
+  with _service(name), _waiting():
     client.key_value_set(f'{at}/{process}', name)
     if not _wait(client, at, name):
       here, left = _entries(client, at), _entries(client, 'left')
@@ -184,6 +186,21 @@ def _wait(client: Any, at: str, name: str) -> bool:
     if (left := _entries(client, 'left')) and not over.wait(_LOOK_SECONDS):
       _say_who_left(name, left)
   return passed.is_set()
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+  _job.waits_since = time.monotonic()
+  try:
+    yield
+  finally:
+    _job.waited, _job.waits_since = waited(), None
+
+
+def waited() -> float:
+  """The seconds that this process has spent at barriers, until now."""
+  since = _job.waits_since
+  return _job.waited + (time.monotonic() - since if since else 0.0)
 
 
 @contextlib.contextmanager

@@ -40,8 +40,14 @@ def explain(error: BaseException) -> tuple[str, int]:
   if isinstance(error, SaveError):
     return str(error), 1
   said = str(error).partition('\n')[0]
-  if type(error).__name__ == 'JaxRuntimeError' and 'Gloo' in said:
-    return f'another process of the job has gone ({said}); run again', RESTART
+  if type(error).__name__ == 'JaxRuntimeError':
+    if 'Gloo' in said:
+      return f'another process of the job has gone ({said}); run again', RESTART
+    if 'RESOURCE_EXHAUSTED' in said:
+      return (
+        f'the memory of a device is too small ({said}); `perceiver-ar plan` '
+        'finds a change that fits'
+      ), MISTAKE
   if isinstance(error, OSError) and error.errno in PASSING:
     where = f'{error.filename}: ' if error.filename is not None else ''
     return f'{where}{error.strerror}; run again when that is over', RESTART

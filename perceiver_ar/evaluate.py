@@ -106,12 +106,19 @@ class Evaluator:
     ]
     self._step = make_score(config, mesh)
 
-  def run(self, params: Params, *, visible: bool) -> dict[str, Any]:
+  def run(
+    self,
+    params: Params,
+    *,
+    visible: bool,
+    alive: Callable[[], None] = lambda: None,
+  ) -> dict[str, Any]:
     """Scores all blocks; a dict of plain numbers that goes into JSON.
 
     Args:
       params: as the train state holds them.
       visible: whether this process shows progress.
+      alive: is called after every batch.
 
     Raises:
       UserError: a record cannot be read: fewer of them have another score.
@@ -140,6 +147,7 @@ class Evaluator:
           _add(totals, *waiting[:2])
         waiting = blocks, scores, sent
         progress.advance(len(blocks))
+        alive()
       if waiting:
         self._check_data(waiting[2])
         _add(totals, *waiting[:2])

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import pathlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -40,16 +41,20 @@ _log = logging.getLogger(__name__)
 
 
 class Meter:
-  """By how much this process has grown, at its largest, since it was made."""
+  """What has become of this process since the meter was made."""
 
   def __init__(self) -> None:
+    self._since = time.monotonic()
     self._start = _status('VmRSS')
     # Forgets earlier peaks; where that is refused, growth is an upper bound.
     with contextlib.suppress(OSError):
       (_PROC / 'clear_refs').write_text('5')
 
+  def seconds(self) -> float:
+    return time.monotonic() - self._since
+
   def growth(self) -> int | None:
-    """In bytes; None where there is no /proc."""
+    """By how many bytes, at its largest; None where there is no /proc."""
     peak = _status('VmHWM')
     if self._start is None or peak is None:
       return None

@@ -45,7 +45,7 @@ def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
 
 
 def check_train(config: Config, mesh: Mesh) -> None:
-  """Refuses a training step that the mesh does not divide."""
+  """Refuses a training run that the mesh does not divide."""
   model, train = config.model, config.train
   num_rows = train.batch_size // train.num_microbatches
   check_batch(
@@ -56,6 +56,8 @@ def check_train(config: Config, mesh: Mesh) -> None:
   )
   check_context(model, 'model.context_length', model.context_length, mesh)
   partitioning.latent_axes(mesh, num_rows, model.num_latents)
+  if config.evaluate.every:
+    check_evaluate(config, mesh)
 
 
 def check_evaluate(config: Config, mesh: Mesh) -> None:

@@ -47,25 +47,25 @@ _TENSOR: Rules = {'heads': 'model', 'mlp': 'model', 'latent_embed': 'model'}
 _VOCAB: Rules = {'vocab': 'model'}
 # Parameters split further, for gathers of them over `context` in every layer.
 _CONTEXT: Rules = {'embed': ('data', 'context')}
+_SETS: dict[str, Rules] = {
+  'replicated': {},
+  'fsdp': _FSDP,
+  'tensor': _TENSOR,
+  'fsdp_tensor': {**_FSDP, **_TENSOR},
+  'fsdp_tensor_vocab': {**_FSDP, **_TENSOR, **_VOCAB},
+  'context': {**_CONTEXT, **_TENSOR},
+}
 # Elements (64 MiB of float32) from which on a parameter must be sharded, if
 # the rules shard parameters at all.
 _LARGE = 2**24
 
 
 def parameter_rules(name: str) -> Rules:
-  sets: dict[str, Rules] = {
-    'replicated': {},
-    'fsdp': _FSDP,
-    'tensor': _TENSOR,
-    'fsdp_tensor': {**_FSDP, **_TENSOR},
-    'fsdp_tensor_vocab': {**_FSDP, **_TENSOR, **_VOCAB},
-    'context': {**_CONTEXT, **_TENSOR},
-  }
-  if name not in sets:
+  if name not in _SETS:
     raise UserError(
-      f'mesh.rules {name!r} does not exist; use one of {", ".join(sets)}'
+      f'mesh.rules {name!r} does not exist; use one of {", ".join(_SETS)}'
     )
-  return {**_UNSHARDED, **sets[name]}
+  return {**_UNSHARDED, **_SETS[name]}
 
 
 @contextlib.contextmanager
@@ -305,20 +305,35 @@ def _spec(
         f'{"*".join(over)} of size {ways}; change the size, the mesh or '
         'mesh.rules'
       )
-  _check_sharded(name, shape, used, mesh, rules)
+  _check_sharded(name, shape, axes, used, mesh, rules)
   return PartitionSpec(*entries)
 
 
 def _check_sharded(
-  name: str, shape: tuple[int, ...], used: set[str], mesh: Mesh, rules: Rules
+  name: str,
+  shape: tuple[int, ...],
+  axes: Sequence[str | None],
+  used: set[str],
+  mesh: Mesh,
+  rules: Rules,
 ) -> None:
   """Under rules that shard parameters, a large one must not be left whole."""
   used_by_rules = {m for entry in rules.values() for m in axes_of(entry)}
   wanted = {axis for axis in used_by_rules if mesh.shape[axis] > 1}
   if wanted and not used & wanted and math.prod(shape) >= _LARGE:
+    better = [
+      other
+      for other in _SETS
+      if any(
+        (ways := num_parts(mesh, axes_of(_SETS[other].get(str(axis))))) > 1
+        and size % ways == 0
+        for axis, size in zip(axes, shape, strict=True)
+      )
+    ]
+    use = f'mesh.rules={better[0]}, or ' if better else ''
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '
-      'device; use mesh.rules=fsdp_tensor, or a mesh that its rules shard over'
+      f'device; use {use}a mesh that its rules shard over'
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with: its first state, and its compiled step."""
+"""What a run begins with: what it says, its first state, its compiled step."""
 
 import dataclasses
 from typing import Any
@@ -6,11 +6,58 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from perceiver_ar import checkpoint, train_step, workdir
+from perceiver_ar import (
+  checkpoint,
+  replicas,
+  sharded_attention,
+  train_step,
+  workdir,
+)
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 from perceiver_ar.plan import plans
 from perceiver_ar.train_step import Batch, TrainState
+
+
+def announce(
+  config: Config,
+  mesh: Mesh,
+  abstract: TrainState,
+  documents: pipeline.DocumentSource,
+  first_step: int,
+) -> None:
+  """What runs where, in a few lines."""
+  if jax.process_index():
+    return
+  num = sum(x.size for x in jax.tree.leaves(abstract.params))
+  device = mesh.devices.flat[0]
+  axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
+  model = config.model
+  sizes = (
+    model.embed_width // model.num_cross_heads,
+    model.width // model.num_self_heads,
+  )
+  kernels = dict.fromkeys(
+    sharded_attention.choose(model, mesh.abstract_mesh, size).name
+    for size in sizes
+  )
+  alone = 'alone: ' if jax.process_count() == 1 else ''
+  print(
+    f'{alone}{mesh.size} x {device.device_kind}'
+    + (f' ({axes})' if axes else '')
+    + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
+  )
+  every = config.train.check_replicas_every
+  if unseen := replicas.uncompared(abstract.params, every):
+    print(unseen)
+  if config.data.kind != 'copy':  # whose documents have no end
+    tokens = int(documents.num_tokens.sum())
+    print(f'train data: {len(documents):,} documents, {tokens:,} tokens')
+  num_steps = config.train.num_steps
+  if first_step >= num_steps:
+    print(f'nothing to do: step {first_step} of {num_steps} is reached')
+  elif first_step:
+    print(f'goes on from step {first_step} of {num_steps}')
 
 
 def first_state(

@@ -27,7 +27,6 @@ from perceiver_ar import (
   partitioning,
   prefetch,
   replicas,
-  sharded_attention,
   skipping,
   starting,
   workdir,
@@ -40,7 +39,7 @@ from perceiver_ar.evaluate import Evaluator
 from perceiver_ar.progress import Progress
 from perceiver_ar.stopping import Stop
 from perceiver_ar.train_step import TrainState
-from perceiver_ar.watchdog import Watchdog
+from perceiver_ar.watchdog import WRITE, Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +75,10 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   workdir.check_shared(folder)
   distributed.barrier('restore')
   with (
+    Watchdog(config.train.hang_seconds) as watchdog,
     journal.kept(folder, jax.process_index()),
     checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints,
+    watchdog.until_saved(),
   ):
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
@@ -87,7 +88,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       trained_on = checkpoint.load_fingerprint(folder, first_step)
       where = checkpoint.step_folder(folder, first_step)
       workdir.check_data(where, trained_on, documents)
-    _announce(config, mesh, abstract, documents, first_step)
+    starting.announce(config, mesh, abstract, documents, first_step)
     status = 0
     if first_step < config.train.num_steps:
       with distributed.first_process_first() as is_first:
@@ -99,7 +100,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
         if restored
         else starting.first_state(config, mesh, documents)
       )
-      loop = _Loop(config, mesh, checkpoints, evaluator)
+      loop = _Loop(config, mesh, checkpoints, evaluator, watchdog)
       status = loop.run(state, documents, first_step, folder)
   distributed.barrier('exit')
   return status
@@ -124,9 +125,10 @@ class _Loop:
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
     evaluator: Evaluator | None,
+    watchdog: Watchdog,
   ):
-    self._config = config
-    self._mesh = mesh
+    self._config, self._mesh = config, mesh
+    self._watchdog = watchdog
     self._checkpoints = checkpoints
     self._evaluator = evaluator
     self._stop = Stop()
@@ -159,7 +161,6 @@ class _Loop:
       Progress(
         'train', num_steps, 'steps', first_step, visible=process == 0
       ) as self._progress,
-      Watchdog(self._config.train.hang_seconds) as self._watchdog,
       contextlib.ExitStack() as listening,
     ):
       self._clock = self._began = time.monotonic()
@@ -194,8 +195,8 @@ class _Loop:
         self._replicas.send(step + 1, state)
         if self._after(step + 1, state):
           break
-      self._checkpoints.wait()
-      journal.begin('end')
+      self._finish_save()
+      self._watchdog.begin('end', 'the end')
     return self._end(step + 1)
 
   def _report(self, batch: prefetch.Placed) -> host_reports.Report:
@@ -230,16 +231,24 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
-      self._watchdog.begin('evaluation', f'the evaluation of step {step}')
+      doing = 'evaluation', f'the evaluation of step {step}'
+      self._watchdog.begin(*doing)
       distributed.barrier('evaluation')
-      report = self._evaluator.run(state.params, visible=False)
+      report = self._evaluator.run(
+        state.params,
+        visible=False,
+        alive=lambda: self._watchdog.watch(*doing),
+      )
       self._writer.write(step, metrics.scalars(report))
       loss = report['nats_per_token']
       journal.event('evaluation', step=step, seconds=journal.taken())
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
-      self._watchdog.begin('save', f'the checkpoint of step {step}')
+      doing = 'save', f'the checkpoint of step {step}'
+      self._watchdog.begin(*doing)
+      self._finish_save()
+      self._watchdog.watch(*doing)
       self._replicas.check(step, state)
       distributed.barrier('save')
       self._writer.sync()
@@ -251,6 +260,13 @@ class _Loop:
       self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
     return is_last
+
+  def _finish_save(self) -> None:
+    """Waits until the last one is written, which takes storage its time."""
+    self._watchdog.watch(WRITE, 'writing the last checkpoint')
+    self._checkpoints.wait()
+    if self._checkpoints.last_seconds is not None:
+      self._watchdog.learn(WRITE, self._checkpoints.last_seconds)
 
   def _record(self) -> None:
     """Writes the pending step's metrics; waits until the device has them."""
@@ -312,7 +328,7 @@ class _Loop:
   def _check_skipped(self, step: int, in_a_row: int) -> None:
     if in_a_row < self._config.train.max_skipped_steps:
       return
-    self._checkpoints.wait()
+    self._finish_save()
     good = self._checkpoints.latest()
     where = 'there is no checkpoint yet'
     if good is not None:
@@ -348,44 +364,3 @@ class _Loop:
 def _say(line: str) -> None:
   if jax.process_index() == 0:
     print(line)
-
-
-def _announce(
-  config: Config,
-  mesh: Mesh,
-  abstract: TrainState,
-  documents: pipeline.DocumentSource,
-  first_step: int,
-) -> None:
-  """What runs where, in a few lines."""
-  if jax.process_index():
-    return
-  num = sum(x.size for x in jax.tree.leaves(abstract.params))
-  device = mesh.devices.flat[0]
-  axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
-  model = config.model
-  sizes = (
-    model.embed_width // model.num_cross_heads,
-    model.width // model.num_self_heads,
-  )
-  kernels = dict.fromkeys(
-    sharded_attention.choose(model, mesh.abstract_mesh, size).name
-    for size in sizes
-  )
-  alone = 'alone: ' if jax.process_count() == 1 else ''
-  print(
-    f'{alone}{mesh.size} x {device.device_kind}'
-    + (f' ({axes})' if axes else '')
-    + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
-  )
-  every = config.train.check_replicas_every
-  if unseen := replicas.uncompared(abstract.params, every):
-    print(unseen)
-  if config.data.kind != 'copy':  # whose documents have no end
-    tokens = int(documents.num_tokens.sum())
-    print(f'train data: {len(documents):,} documents, {tokens:,} tokens')
-  num_steps = config.train.num_steps
-  if first_step >= num_steps:
-    print(f'nothing to do: step {first_step} of {num_steps} is reached')
-  elif first_step:
-    print(f'goes on from step {first_step} of {num_steps}')

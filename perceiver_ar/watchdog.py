@@ -2,20 +2,27 @@
 
 On many hosts one that hangs holds up all: each of them waits in a collective
 that has no time limit of its own. What is being done must be over within a
-multiple of what it usually takes.
+multiple of what it usually takes. Time at our own barriers does not count:
+these have a limit, and name who is late.
 """
 
 import collections
+import contextlib
 import faulthandler
 import os
 import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Self
 
 from perceiver_ar import distributed, journal
 from perceiver_ar.errors import RESTART
+
+# What a save goes on with in the background: its seconds are told, as waiting
+# for the rest of it says nothing of them.
+WRITE = 'write'
 
 _PATIENCE = 10  # times the median
 _FIRST_SECONDS = 3600.0  # while nothing is known of what it takes
@@ -32,7 +39,7 @@ class Watchdog:
     self._taken: dict[str, collections.deque[float]] = collections.defaultdict(
       lambda: collections.deque(maxlen=_REMEMBERED)
     )
-    self._now = '', '', time.monotonic()
+    self._now = '', '', self._clock()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -45,17 +52,42 @@ class Watchdog:
     self._over.set()
 
   def begin(self, kind: str, what: str) -> None:
-    """What was begun before is done; the journal's clock is told, too.
+    """As `watch`, and the journal's clock is told, too."""
+    self.watch(kind, what)
+    journal.begin(kind)
+
+  def watch(self, kind: str, what: str) -> None:
+    """What was begun before is done.
 
     Args:
       kind: of which one takes about as long as another: step, save.
       what: for people, such as 'step 57'.
     """
     before, _, since = self._now
-    now = time.monotonic()
-    self._taken[before].append(now - since)
+    now = self._clock()
+    if before != WRITE:
+      self.learn(before, now - since)
     self._now = kind, what, now
-    journal.begin(kind)
+
+  def learn(self, kind: str, seconds: float) -> None:
+    """One of this kind has taken so long."""
+    self._taken[kind].append(seconds)
+
+  @contextlib.contextmanager
+  def until_saved(self) -> Iterator[None]:
+    """After this, whatever ends it, only the last save is waited for."""
+    what = 'writing the last checkpoint'
+    try:
+      yield
+    except BaseException as error:
+      what += f', after: {error}'
+      raise
+    finally:
+      self.watch(WRITE, what)
+
+  @staticmethod
+  def _clock() -> float:
+    return time.monotonic() - distributed.waited()
 
   def limit(self, kind: str) -> float:
     """The seconds that one of this kind may take now."""
@@ -67,7 +99,7 @@ class Watchdog:
   def _watch(self) -> None:
     while not self._over.wait(min(self._seconds / 4, 1.0)):
       kind, what, since = self._now
-      taken = time.monotonic() - since
+      taken = self._clock() - since
       if kind and taken > self.limit(kind):
         self._end(kind, what, taken)
 

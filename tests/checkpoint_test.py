@@ -77,23 +77,19 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   save(tmp_path, range(1, 7), losses)
   assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
   with checkpoint.Checkpoints(tmp_path, KEEP) as checkpoints:
-    assert checkpoints.best() == 2
     assert checkpoints.latest() == 6
     # The losses of earlier runs count.
     checkpoints.save(7, make_state(7), config=CONFIG, loss=1.5)
-    assert checkpoints.best() == 2
     assert checkpoints.steps() == [2, 6, 7]
 
 
 def test_a_step_without_an_evaluation_is_never_the_best(tmp_path):
   keep = dataclasses.replace(KEEP, keep_latest=1, keep_best=3)
   with checkpoint.Checkpoints(tmp_path, keep) as checkpoints:
-    assert checkpoints.best() is None
     assert checkpoints.latest() is None
     for step in (1, 2):
       checkpoints.save(step, make_state(step), config=CONFIG, loss=None)
     assert checkpoints.steps() == [2]
-    assert checkpoints.best() is None
 
 
 def test_keeping_no_best_keeps_the_newest_alone(tmp_path):
@@ -272,7 +268,6 @@ def test_a_copy_elsewhere_is_still_a_checkpoint(tmp_path):
   shutil.rmtree(tmp_path / 'here')
   abstract = sharded(make_mesh(4, 2), make_state())
   with checkpoint.Checkpoints(tmp_path / 'there', KEEP) as checkpoints:
-    assert checkpoints.best() == 1
     restored = checkpoints.restore_newest(abstract)
   assert restored is not None
   assert same(restored[1], make_state(1))
@@ -298,9 +293,7 @@ class DiskFull:
     raise OSError('disk full')
 
 
-@pytest.mark.parametrize(
-  'call', ['save', 'check', 'steps', 'latest', 'best', 'close']
-)
+@pytest.mark.parametrize('call', ['save', 'check', 'steps', 'latest', 'close'])
 def test_a_failure_in_the_background_is_raised_by_the_next_call(
   tmp_path, monkeypatch, call
 ):

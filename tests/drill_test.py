@@ -167,9 +167,12 @@ def _some_start(scene, rng):
   """One start of a run that does not come to its end."""
   if rng.random() < 0.3:
     scene.num_processes = int(rng.integers(1, 4))
-  reached = min(len(scene.rows()), NUM_STEPS - 4)
-  at = int(rng.integers(reached, NUM_STEPS - 3))
-  match rng.choice(['kill', 'save', 'restore', 'sigterm', 'damage']):
+  reached = len(scene.rows())
+  ways = ['save', 'restore', 'damage']
+  if reached <= NUM_STEPS - 4:  # or it could be over before
+    ways += ['kill', 'sigterm']
+  at = int(rng.integers(min(reached, NUM_STEPS - 4), NUM_STEPS - 3))
+  match rng.choice(ways):
     case 'kill':
       job = scene.start(faults={'kill_at': at}, on=int(rng.integers(3)))
     case 'save':

@@ -95,7 +95,14 @@ def test_rules_that_do_not_exist_are_refused():
     ((6, 8), ('embed', 'heads'), {}, ("'embed'", 'size 6', 'size 4')),
     ((8, 3), ('embed', 'heads'), {}, ("'heads'", 'size 3', 'size 2')),
     ((8,), ('embed',), {'embed': 'pipe'}, ("'embed'", "'pipe'")),
-    ((2**12, 2**12), ('vocab', 'kv'), {}, ('16,777,216', 'left whole')),
+    (
+      *((2**12, 2**12), ('vocab', 'kv'), {}),
+      ('16,777,216', 'left whole', 'mesh.rules=fsdp_tensor_vocab'),
+    ),
+    (
+      *((2**12 + 1, 2**12), ('vocab', 'kv'), {}),
+      ('left whole on every device; use a mesh that',),
+    ),
   ],
 )
 def test_a_parameter_that_does_not_fit_is_refused_by_name(

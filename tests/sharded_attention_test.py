@@ -1,12 +1,16 @@
 """Inputs lie over the context axis; what comes after them does not know it."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from steps import config_on
 
 from perceiver_ar import chips, partitioning
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
+from perceiver_ar.ops.masks import Mask
+from perceiver_ar.ops.rotation import Turns
 from perceiver_ar.plan import collectives, programs
 from perceiver_ar.plan.hlo import Module
 
@@ -21,10 +25,19 @@ def _sent(mesh, **changes):
   return collectives.collect(module, where, chips.cpu(2**30), layers)
 
 
-def test_the_latent_phase_sends_nothing_over_context_but_gradients():
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    {'data': 2, 'context': 4},
+    pytest.param({'context': 4, 'model': 2}, marks=pytest.mark.slow),
+    pytest.param({'slice': 2, 'data': 2, 'context': 2}, marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_the_latent_phase_sends_nothing_over_context_but_gradients(mesh):
   sent = []
   for num_rows in (8, 16):
-    rows = _sent({'data': 2, 'context': 4}, **{'train.batch_size': num_rows})
+    rows = _sent(mesh, **{'train.batch_size': num_rows})
     over_context = [row for row in rows if 'context' in row.axis]
     phases = {row.phase for row in over_context}
     assert {'input', 'gradient'} <= phases
@@ -67,6 +80,37 @@ def test_what_crosses_context_does_not_grow_with_the_inputs():
 def test_auto_takes_what_the_platform_has(name, platform, dtype, found):
   where = {'platform': platform, 'dtype': dtype}
   assert attention.choose(name, 5, **where, head_size=64).name == found
+
+
+@pytest.mark.parametrize(('N', 'M'), [(4, 6), (5, 6), (4, 7), (5, 7)])
+def test_cudnn_gets_even_lengths_and_gives_what_reference_does(
+  N, M, monkeypatch
+):
+  """There is no GPU here: XLA computes what cuDNN is asked for."""
+  compute = jax.nn.dot_product_attention
+
+  def stand_in(*qkv, implementation, **how):
+    assert implementation == 'cudnn'
+    assert not any(size % 2 for x in qkv for size in x.shape[1:2])
+    return compute(*qkv, implementation='xla', **how)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+  rng = np.random.default_rng(0)
+  qkv = [
+    jnp.asarray(rng.normal(size=(3, size, 16)), jnp.float32)
+    for size in (N, M, M)
+  ]
+  # The second row begins among its queries, the third has no key.
+  mask = Mask(offset=M - N, start_B=jnp.asarray([0, M - 2, M]))
+
+  def run(name):
+    kernel = attention.Kernel(name, 5, 8, interpret=False)
+    attend = lambda q, k, v: attention.attend(q, k, v, mask, Turns(), kernel)
+    out, vjp = jax.vjp(attend, *qkv)
+    return out, *vjp(jnp.ones_like(out))
+
+  for a, b in zip(run('cudnn'), run('reference'), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('head_size', [1024, 12])

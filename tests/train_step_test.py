@@ -39,7 +39,10 @@ _MESHES = [
   _slow({'data': 8, 'rules': 'replicated'}, 1),
   ({'context': 8}, 2),
   _slow({'slice': 2}, 1),
+  _slow({'slice': 2}, 2),
+  _slow({'slice': 2, 'data': 2}, 1),
   _slow({'data': 8}, 1),
+  _slow({'data': 4, 'rules': 'fsdp'}, 2),
   _slow({'data': 4}, 2),
   _slow({'data': 4, 'rules': 'replicated'}, 2),
   _slow({'context': 8}, 1),
@@ -82,6 +85,34 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(
   assert_close(sums, one_sums)
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(one_grads))
   assert_close(grads, one_grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('rules', 'changes'),
+  [
+    (
+      'fsdp_tensor',
+      {
+        'model.position_encoding': 'learned',
+        'model.position_sizes': (90, 7, 5),
+      },
+    ),
+    ('fsdp_tensor_vocab', {'model.vocab_size': 32}),
+    ('fsdp_tensor_vocab', {'model.vocab_size': 32, 'model.logits_block': 3}),
+    ('fsdp_tensor', {'model.attention': 'flash'}),  # interpreted
+    ('fsdp_tensor', {'model.attention': 'flash'} | SINUSOIDAL),
+  ],
+  ids=str,
+)
+def test_nor_do_they_with_what_else_a_model_may_have(rules, changes):
+  one_sums, one_grads, _ = gradients(config_on({}, **changes))
+  for num_microbatches in (1, 2):
+    mesh = {'data': 2, 'context': 2, 'model': 2, 'rules': rules}
+    parts = {'train.num_microbatches': num_microbatches}
+    sums, grads, _ = gradients(config_on(mesh, **changes, **parts))
+    assert_close(sums, one_sums)
+    assert_close(grads, one_grads)
 
 
 @pytest.mark.slow

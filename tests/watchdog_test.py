@@ -1,5 +1,6 @@
 """What hangs is ended, with its stacks; what is only slow is not."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from hosts import ends, start_job
 from runs import TINY, wait_until
 
-from perceiver_ar import checkpoint, journal
+from perceiver_ar import checkpoint, distributed, journal
+from perceiver_ar.errors import UserError
 from perceiver_ar.watchdog import Watchdog
 
 _HANGS = """
@@ -37,6 +39,46 @@ def test_limits_follow_what_a_kind_takes():
     assert watchdog.limit('step') < 0.5
     watchdog._seconds = 7.0
     assert watchdog.limit('save') == 7
+
+
+def test_a_save_takes_what_saves_take_not_what_is_left_of_them():
+  with Watchdog(0.0) as watchdog:
+    watchdog.watch('write', '')
+    watchdog.begin('step', '')
+    assert watchdog.limit('write') == 3600
+    watchdog.learn('write', 50.0)
+    assert watchdog.limit('write') == 500
+
+
+def test_time_at_barriers_does_not_count(monkeypatch):
+  ended = []
+  monkeypatch.setattr(Watchdog, '_end', lambda _, *what: ended.append(what))
+  monkeypatch.setattr(Watchdog, 'limit', lambda _, kind: 0.3)
+  with Watchdog(0.2) as watchdog:
+    watchdog.begin('save', 'the checkpoint')
+    with distributed._waiting():
+      time.sleep(0.6)
+    assert not ended
+    time.sleep(0.6)
+  assert ended[0][:2] == ('save', 'the checkpoint')
+
+
+def test_the_last_save_is_watched_whatever_ended_the_run(monkeypatch):
+  ended = []
+  monkeypatch.setattr(Watchdog, '_end', lambda _, *what: ended.append(what))
+  monkeypatch.setattr(Watchdog, 'limit', lambda _, kind: 0.2)
+
+  with (
+    pytest.raises(UserError),
+    Watchdog(0.2) as watchdog,
+    contextlib.closing(contextlib.ExitStack()) as stack,
+  ):
+    stack.callback(time.sleep, 0.6)  # the other process has gone
+    with watchdog.until_saved():
+      watchdog.begin('step', 'step 7')
+      raise UserError('a mistake')
+  kind, what, _ = ended[0]
+  assert kind == 'write' and 'last checkpoint, after: a mistake' in what
 
 
 @pytest.mark.slow

@@ -247,6 +247,8 @@ class Scene:
   def stop_at(self, step: int) -> Job:
     """Trains to about this step, asks one to end, and all have saved."""
     job = self.start(faults={'pace': 0.1})
+    # One that is asked before it has met the others leaves them waiting.
+    job.wait_for(lambda: 'train data: ' in job.said(), 'its first step')
     self.until(job, step)
     job.processes[-1].send_signal(signal.SIGTERM)
     self.demand_status(job, RESTART)

@@ -265,20 +265,25 @@ def _cudnn(
 ) -> jax.Array:
   """cuDNN's flash attention; its own causal masks are aligned to the left.
 
-  So the mask is dense, [B, 1, N, M], once for all heads.
+  So the mask is dense, [B, 1, N, M], once for all heads. Its backward pass
+  takes even lengths only: one more query, and a key that nobody sees.
   """
-  seen = visible(mask, q_BNHK.shape[1], 0, k_BMHK.shape[1])
+  B, N, M = *q_BNHK.shape[:2], k_BMHK.shape[1]
+  seen = visible(mask, N, 0, M)
   assert seen is not None
-  seen_B1NM = jnp.broadcast_to(
-    seen, (len(q_BNHK), 1, q_BNHK.shape[1], k_BMHK.shape[1])
-  )
+  seen_B1NM = jnp.broadcast_to(seen, (B, 1, N, M))
   out_BNHK = jax.nn.dot_product_attention(
-    q_BNHK,
-    k_BMHK,
-    v_BMHK,
-    mask=seen_B1NM,
+    *(_even(x, 1) for x in (q_BNHK, k_BMHK, v_BMHK)),
+    mask=_even(_even(seen_B1NM, 2), 3),
     scale=1.0,
     implementation='cudnn',
-  )
+  )[:, :N]
   sees_BN11 = seen_B1NM.any(-1)[:, 0, :, None, None]
   return jnp.where(sees_BN11, out_BNHK, 0)
+
+
+def _even(x: jax.Array, axis: int) -> jax.Array:
+  """With a zero at the end of an axis of odd length."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = 0, x.shape[axis] % 2
+  return jnp.pad(x, padding)

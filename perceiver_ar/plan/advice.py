@@ -126,6 +126,9 @@ def _shardings(config: Config, machine: Machine) -> list[Changes]:
   tensor: Changes = {}
   if config.mesh.rules in ('replicated', 'tensor'):
     found.append({'mesh.rules': 'fsdp_tensor'})
+  if config.mesh.rules == 'fsdp_tensor':
+    found.append({'mesh.rules': 'fsdp_tensor_vocab'})
+    found.append({'mesh.rules': 'context'})
   if config.mesh.rules in ('replicated', 'fsdp'):
     tensor = {'mesh.rules': 'fsdp_tensor'}
   for axis in ('model', 'context'):

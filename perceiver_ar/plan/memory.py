@@ -1,10 +1,10 @@
 """Where a device's memory goes, by class.
 
 Arguments are read from the compiled module, padding included, and named by
-what the step calls them. Of the temporaries the gradients are known (as large
-as the parameters), and so is what the forward loop over layers keeps for the
-backward one: arrays with one row per layer that are no parameters. The rest is
-called temporaries. All classes together are what XLA says it needs.
+what the step calls them. Of the temporaries the gradients are known (as many as
+the parameters, in float32), and so is what the forward loop over layers keeps
+for the backward one: arrays with one row per layer that are no parameters. The
+rest is called temporaries. All classes together are what XLA says it needs.
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from perceiver_ar.plan.hlo import HOST, Array, Module
 
@@ -61,7 +62,7 @@ def classify(
   fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   left = analysis.temp_size_in_bytes + max(fresh, 0)
   if trains:
-    sizes['gradients'] = min(sizes['parameters'], left)
+    sizes['gradients'] = min(gradient_bytes(params), left)
     kept = kept_by_layers(module, shapes(params), num_layers)
     sizes['activations'] = min(kept, left - sizes['gradients'])
   sizes['temporaries'] = left - sizes['gradients'] - sizes['activations']
@@ -93,6 +94,12 @@ def abstract_classes(args: Any) -> dict[str, int]:
     sizes[class_of(name)] += shard_bytes(leaf)
   sizes['batch'] += sum(shard_bytes(leaf) for leaf in jax.tree.leaves(rest))
   return sizes
+
+
+def gradient_bytes(params: Any) -> int:
+  """Of a device: they are float32, whatever the parameters are."""
+  as_float32 = jax.tree.map(lambda x: x.update(dtype=jnp.float32), params)
+  return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(as_float32))
 
 
 def shard_bytes(leaf: Any) -> int:

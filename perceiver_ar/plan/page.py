@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from perceiver_ar.chips import HOST_BANDWIDTH
 from perceiver_ar.errors import UserError
 from perceiver_ar.plan import timing
 from perceiver_ar.plan.plans import Plan
@@ -88,6 +89,8 @@ def _head(plan: Plan) -> Iterator[str]:
   axes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
   yield f'{plan.command} on {plan.machine.name} ({plan.topology})'
   yield f'  mesh        {axes}, rules {plan.config.mesh.rules}'
+  if plan.num_slices > 1:
+    yield f'  slices      {plan.num_slices}: train needs mesh.slice set to it'
   yield f'  parameters  {plan.num_parameters:,}'
   kernels = plan.kernel_flops / plan.executed_flops
   yield (
@@ -135,7 +138,7 @@ def _time(plan: Plan) -> Iterator[str]:
   if plan.num_calls > 1:
     yield f'  {plan.num_calls:,} steps take {plan.days:,.3g} days'
   for name, seconds in plan.seconds.items():
-    if name != 'total':
+    if name != 'total' and (seconds or name != 'host_transfers'):
       yield f'  {_words(name):<18}{seconds:>10.4g} s {seconds / total:>6.1%}'
 
 
@@ -179,7 +182,12 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     f'  collectives: rings at {chip.link_bandwidth / 1e9:.3g} GB/s a link and '
     f'way, DCN {chip.dcn_bandwidth / 1e9:.3g} GB/s a chip'
   )
-  yield '  nothing overlaps; the host, its input and latencies take no time'
+  if plan.seconds['host_transfers']:
+    yield f'  host transfers: {HOST_BANDWIDTH / 1e9:.0f} GB/s a chip and way'
+  yield (
+    '  none of these overlap; what a core fetches into its own memory '
+    'meanwhile,\n  input of data and latencies take no time'
+  )
   if plan.assumed_trips is not None:
     yield f'  loops that do not say how often: {plan.assumed_trips} times'
 

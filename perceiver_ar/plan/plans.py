@@ -201,8 +201,9 @@ def least_bytes(config: Config, machine: Machine, command: str) -> int:
   mesh = partitioning.make_mesh(config.mesh, machine.devices)
   program = programs.make_program(command, config, mesh)
   sizes = memory.abstract_classes(program.args)
-  gradients = sizes['parameters'] if command == 'train' else 0
-  return sum(sizes.values()) + gradients
+  if command == 'train':
+    sizes['gradients'] = memory.gradient_bytes(program.params)
+  return sum(sizes.values())
 
 
 def fitting_step(config: Config, mesh: Mesh, batch: Any) -> Any:
@@ -320,7 +321,7 @@ def _read_refusal(message: str, program: Program) -> dict[str, Any]:
     needed += sum(sizes.values())
   left = max(needed - sum(sizes.values()), 0)
   if program.command == 'train':
-    sizes['gradients'] = min(sizes['parameters'], left)
+    sizes['gradients'] = min(memory.gradient_bytes(program.params), left)
   sizes['temporaries'] = left - sizes['gradients']
   largest = tuple(
     f'{_bytes(size, unit) / _GIB:.2f} GiB {shape} {name or ""}'.strip()

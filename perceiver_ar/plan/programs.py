@@ -17,7 +17,6 @@ from perceiver_ar import (
 )
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
-from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models.perceiver_ar import can_cache
 
 
@@ -106,7 +105,7 @@ def _sample(config: Config, mesh: Mesh) -> Program:
   params = train_step.abstract_params(config, mesh)
   B, N, R = how.num_samples, how.num_latents, how.refill_latents
   M = model.context_length
-  cache = jax.eval_shape(lambda: cache_lib.empty(model, B, M, N))
+  cache = jax.eval_shape(sample.make_empty(config, mesh))
   count = jax.ShapeDtypeStruct((), jnp.int32)
   tokens_BR = jax.ShapeDtypeStruct((B, R), jnp.int32)
   positions_BSP = jax.ShapeDtypeStruct(

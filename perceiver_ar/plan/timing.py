@@ -3,16 +3,18 @@
 On TPU the compiler has written the cycles that it expects into the module. It
 has none for kernels, whose operations are counted instead, and none for
 gathers, scatters and sorts; for collectives it has those of no contention. Of
-these, bytes over bandwidth are used. Nothing is assumed to overlap: the sum is
-what a step takes if it does not.
+these, bytes over bandwidth are used, and so for what goes to the host and comes
+from there. None of this is assumed to overlap: the sum is what a step takes if
+it does not. What the compiler fetches into a core's own memory while it
+computes is taken to be there in time.
 """
 
 from typing import Any
 
-from perceiver_ar.chips import Chip
+from perceiver_ar.chips import HOST_BANDWIDTH, Chip
 from perceiver_ar.plan import collectives
 from perceiver_ar.plan.counting import Work
-from perceiver_ar.plan.hlo import Instruction, Module
+from perceiver_ar.plan.hlo import HOST, Instruction, Module
 
 # Of the peak, by attention kernels with heads of 128 lanes.
 KERNEL_EFFICIENCY = 0.5
@@ -43,7 +45,7 @@ def estimate(
   sent: list[collectives.Collective],
   default_trips: int,
 ) -> dict[str, float]:
-  """Seconds of a step: matmul, attention_kernel, data_movement, collectives.
+  """Seconds of a step, by what they are spent on, and in `total`.
 
   Args:
     module: compiled.
@@ -62,6 +64,7 @@ def estimate(
     'matmul': cycles[True] / chip.clock_hz,
     'attention_kernel': kernel,
     'data_movement': cycles[False] / chip.clock_hz + moved / chip.hbm_bandwidth,
+    'host_transfers': _host_bytes(module, default_trips) / HOST_BANDWIDTH,
     'collectives': sum(row.seconds for row in sent),
   }
   if chip.platform == 'cpu':
@@ -84,6 +87,18 @@ def _costs(module: Module, default_trips: int) -> tuple[dict[bool, int], int]:
     elif not has_dot(module, instruction):
       num_bytes += times * _moved_bytes(module, name, instruction)
   return cycles, num_bytes
+
+
+def _host_bytes(module: Module, default_trips: int) -> int:
+  """What goes between a device's memory and its host's."""
+  total = 0
+  for _, instruction, times in module.runs(default_trips):
+    spaces = {array.space for array in instruction.arrays}
+    if instruction.opcode.endswith('-start') and {0, HOST} <= spaces:
+      # Of a slice there, what is here; beside it are only indices.
+      here = [a for a in instruction.arrays if a.space != HOST]
+      total += times * max(array.padded_bytes for array in here)
+  return total
 
 
 def _moved_bytes(

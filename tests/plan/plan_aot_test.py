@@ -1,9 +1,14 @@
 """The train step, kernels included, compiles for TPUs that are not here."""
 
-import pytest
-from tiny import make_config
+import runpy
 
-from perceiver_ar.plan import page, plans
+import pytest
+from tiny import CONFIGS, make_config
+
+from perceiver_ar import config as config_lib
+from perceiver_ar import partitioning
+from perceiver_ar.errors import UserError
+from perceiver_ar.plan import advice, page, plans, programs
 from perceiver_ar.plan.machine import open_machine
 
 pytest.importorskip('libtpu')
@@ -46,7 +51,10 @@ def test_the_step_is_planned_for_every_chip(chip, num_slices):
   kept = 3 * 16 // (2 * num_slices) * 256 * 256 * 2
   assert kept <= sizes['activations'] <= 3 * kept
   assert plan.assumed_trips is None
-  assert all(seconds > 0 for seconds in plan.seconds.values())
+  assert all(
+    (seconds > 0) == (name != 'host_transfers')
+    for name, seconds in plan.seconds.items()
+  )
   networks = {row.axis for row in plan.collectives if row.network == 'dcn'}
   assert networks == ({'slice'} if num_slices > 1 else set())
   gathers = [
@@ -56,6 +64,59 @@ def test_the_step_is_planned_for_every_chip(chip, num_slices):
   ]
   assert sum(gathers) >= 2 * 3 * 6  # both ways, weights of every layer
   assert 'attention kernel' in page.render(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'mesh.context': 2, 'mesh.model': 1, 'train.num_microbatches': 2},
+    {
+      'model.position_encoding': 'learned',
+      'model.position_sizes': (66, 66, 5),
+      'model.logits_block': 64,
+      'mesh.context': 2,
+    },
+    {'model.remat': 'offload', 'optimizer.offload': True},
+  ],
+  ids=str,
+)
+def test_so_is_all_else_that_a_config_may_ask_for(changes):
+  machine = open_machine('v5e:2x2', 1)
+  config = advice.apply(_CONFIG, changes)
+  plan = plans.make_plan(config, machine, 'train', machine.chip.usable_bytes)
+  assert plan.fits
+  assert sum(plan.bytes_per_chip.values()) == pytest.approx(
+    plan.needed_bytes, rel=0.02
+  )
+  over_context = {r.phase for r in plan.collectives if 'context' in r.axis}
+  assert ('input' in over_context) == (plan.mesh['context'] > 1)
+  assert 'latent' not in over_context
+  offloads = 'model.remat' in changes
+  assert (
+    (plan.seconds['host_transfers'] > 0) == offloads == bool(plan.host_bytes)
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'topology'),
+  [
+    ('books.py:pg19', 'v5p:4x4x4'),
+    ('books.py:long', 'v5p:4x4x4'),
+    ('books.py:long_1m', 'v5p:8x8x8'),
+    ('images.py:imagenet64', 'v5e:16x16'),
+    ('images.py:imagenet64', 'v4:4x4x4'),
+    ('copy_task.py:copy_131072', 'v5p:4x4x4'),
+  ],
+)
+def test_training_fits_the_meshes_that_the_documentation_names(name, topology):
+  """What is compiled there is for `perceiver-ar plan`, and takes minutes."""
+  file, _, arg = name.partition(':')
+  module = runpy.run_path(str(CONFIGS / file))
+  config = config_lib.resolve(module['get_config'](arg))
+  machine = open_machine(topology, 1)
+  least = plans.least_bytes(config, machine, 'train')
+  assert 0 < least < machine.chip.usable_bytes
 
 
 @pytest.mark.slow
@@ -89,3 +150,7 @@ def test_a_step_that_the_compiler_refuses_does_not_fit():
   assert plan.needed_bytes > usable
   assert plan.bytes_per_chip['temporaries'] > plan.needed_bytes // 2
   assert 'DOES NOT FIT' in page.render(plan)
+  mesh = partitioning.make_mesh(config.mesh, machine.devices)
+  batch = programs.make_program('train', config, mesh).args[1]
+  with pytest.raises(UserError, match=r'needs .* GiB of each device, and they'):
+    plans.fitting_step(config, mesh, batch)

@@ -14,7 +14,7 @@ from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention, flash_delta
 from perceiver_ar.ops.masks import Mask
 from perceiver_ar.ops.rotation import Turns
-from perceiver_ar.plan import advice, counting, page, plans, programs
+from perceiver_ar.plan import advice, counting, memory, page, plans, programs
 from perceiver_ar.plan.machine import open_machine
 
 __all__ = ['compiled_once']
@@ -186,6 +186,49 @@ def test_nothing_is_compiled_where_the_state_alone_does_not_fit(
   assert advice.smallest_change(_CONFIG, machine, plan) is None
   assert not seen
   assert 'No change' in page.render_change(plan, None)
+
+
+def test_gradients_are_float32_whatever_the_parameters_are(machine):
+  half = advice.apply(_CONFIG, {'model.param_dtype': 'bfloat16'})
+  sizes, plain = (
+    programs.make_program(
+      'train', c, partitioning.make_mesh(c.mesh, machine.devices)
+    ).params
+    for c in (half, _CONFIG)
+  )
+  assert memory.gradient_bytes(sizes) == memory.gradient_bytes(plain)
+  assert (
+    memory.gradient_bytes(plain)
+    == memory.abstract_classes((plain,))['parameters']
+  )
+  # Two bytes of a parameter are gone, and four of its gradient are there.
+  saved = plans.least_bytes(_CONFIG, machine, 'train') - plans.least_bytes(
+    half, machine, 'train'
+  )
+  assert saved == memory.gradient_bytes(plain) // 2
+
+
+def test_a_sample_plan_splits_the_cache_as_sampling_does(machine):
+  sizes = {}
+  for num in (8, 16):
+    config = advice.apply(_CONFIG, {'sample.num_samples': num})
+    mesh = partitioning.make_mesh(config.mesh, machine.devices)
+    program = programs.make_program('sample', config, mesh)
+    cache = program.args[3]
+    sizes[num] = memory.abstract_classes((program.params, cache))['batch']
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    rows = partitioning.num_parts(mesh, ('slice', 'data', 'context'))
+    assert rows > 1
+    assert sizes[num] == pytest.approx(whole / rows, rel=0.02)
+  assert sizes[16] > 1.9 * sizes[8]
+
+
+def test_a_plan_refuses_what_the_evaluation_of_training_would(machine):
+  config = advice.apply(
+    _CONFIG, {'evaluate.every': 5, 'evaluate.batch_size': 1}
+  )
+  with pytest.raises(UserError, match=r'evaluate\.batch_size 1 is not'):
+    plans.make_plan(config, machine, 'train', 2**30)
 
 
 @pytest.mark.parametrize('command', ['evaluate', 'sample'])

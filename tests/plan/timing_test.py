@@ -18,6 +18,33 @@ ENTRY %main (p: f32[16,128], i: s32[8]) -> f32[8,128] {
 """
 
 
+_OFFLOADED = """HloModule step
+
+ENTRY %main (h: f32[4,8,128], x: f32[8,128]) -> f32[4,8,128] {
+  %h = f32[4,8,128]{2,1,0:S(5)} parameter(0)
+  %x = f32[8,128]{1,0} parameter(1)
+  %z = s32[] constant(0)
+  %a = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %b = (f32[8,128]{1,0:S(5)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %d = f32[8,128]{1,0:S(5)} copy-done(%b)
+  %u = ((f32[4,8,128]{2,1,0:S(5)}, f32[8,128]{1,0}, s32[]), f32[4,8,128]{2,1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%h, %x, %z)
+  ROOT %v = f32[4,8,128]{2,1,0:S(5)} dynamic-update-slice-done(%u)
+}
+"""  # noqa: E501
+
+
+def test_what_goes_to_the_host_takes_the_time_of_its_bytes():
+  chip = chips.find_chip('v5p')
+  work = Work(0.0, 0.0, 0.0, moved=0.0)
+  seconds = timing.estimate(
+    Module(_OFFLOADED), chip, work, 2, 'bfloat16', [], 1
+  )
+  # A copy and a slice; what goes to a core's own memory is there in time.
+  want = 2 * 4 * 8 * 128 / chips.HOST_BANDWIDTH
+  assert seconds['host_transfers'] == pytest.approx(want)
+  assert seconds['total'] == pytest.approx(want)
+
+
 def test_what_has_no_cycles_is_counted_by_its_bytes():
   chip = chips.find_chip('v5p')
   work = Work(0.0, 0.0, 0.0, moved=2 * 999.0)
