@@ -312,7 +312,8 @@ def _loss_sum(
   """The summed loss of a microbatch, and what is reported of it."""
   model, N = config.model, config.model.num_latents
   drops = model.dropout_rate or model.input_dropout_rate
-  inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
+  with jax.named_scope('ids'):
+    inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
   z_BND = PerceiverAR(model).apply(
     {'params': params},
     inputs_BM,

@@ -131,7 +131,9 @@ def phase(op_name: str) -> str:
   """The part of the step that an instruction's scopes name."""
   if re.search(r'[/.(]layers\b', op_name):
     return 'latent'
-  if re.search(r'\b(cross|embed|to_latents|merge)\b|_inputs|_circle', op_name):
+  if re.search(
+    r'\b(ids|cross|embed|to_latents|merge)\b|_inputs|_circle', op_name
+  ):
     return 'input'
   if re.search(r'PerceiverAR\.encode(?!\)*/while/)', op_name):
     return 'input'
