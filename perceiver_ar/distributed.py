@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import sys
 import threading
@@ -38,18 +39,8 @@ _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
 _EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
 _LOOK_SECONDS = 0.5  # between looks at who has left
-_PACKAGES = (
-  'flax',
-  'grain',
-  'jax',
-  'jaxlib',
-  'libtpu',
-  'numpy',
-  'optax',
-  'orbax-checkpoint',
-  'perceiver-ar',
-  'tensorstore',
-)
+# Ours, and what JAX finds its devices with; and all that these need.
+_PACKAGES = ('perceiver-ar', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
 
 
 @dataclasses.dataclass
@@ -296,16 +287,34 @@ def _odd_one(seen: Sequence[Mapping[str, str]]) -> str:
 
 def software() -> dict[str, str]:
   """What `agree` should know of this installation: versions, and our code."""
-  versions = {'python': platform.python_version()}
+  versions: dict[str, str] = {}
   for name in _PACKAGES:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-      versions[name] = metadata.version(name)
+    _add_versions(name, versions)
+  versions = {'python': platform.python_version()} | dict(
+    sorted(versions.items())
+  )
   folder = pathlib.Path(__file__).parent
   code = hashlib.sha256()
   for path in sorted(folder.rglob('*.py')):
     code.update(path.relative_to(folder).as_posix().encode())
     code.update(path.read_bytes())
   return versions | {'code': code.hexdigest()[:16]}
+
+
+def _add_versions(package: str, versions: dict[str, str]) -> None:
+  """Of an installed package, and of all that it needs without its extras."""
+  name = re.sub('[-_.]+', '-', package).lower()
+  if name in versions:
+    return
+  try:
+    found = metadata.distribution(name)
+  except metadata.PackageNotFoundError:
+    return  # of another platform
+  versions[name] = found.version
+  for requirement in found.requires or ():
+    needed = re.match(r'[\w.-]+', requirement)
+    if needed and 'extra ==' not in requirement:
+      _add_versions(needed[0], versions)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What the command line turns into one sentence and an exit status."""
 
 import errno
+import os
 
 MISTAKE = 2  # of the user's: the same again would fail again
 # Saved, or nothing lost: start it again. Launchers do; `man sysexits` has it
@@ -19,6 +20,10 @@ class UserError(ValueError):
   """A mistake of the user's: the values at fault, and what to do instead."""
 
 
+class PassingError(UserError):
+  """Storage is busy or away: what is asked of it may be right."""
+
+
 class SaveError(RuntimeError):
   """A checkpoint could not be written: what is computed after it is lost."""
 
@@ -31,12 +36,20 @@ class HostsError(RuntimeError):
   """A host is missing, or taken away: started again, the job may be whole."""
 
 
+def check_passing(error: BaseException, what: object) -> None:
+  """Raises PassingError if `error` is one of storage that may be over soon."""
+  if any(os.strerror(number) in str(error) for number in PASSING):
+    raise PassingError(
+      f'{what} cannot be read now ({error}); run again when that is over'
+    ) from error
+
+
 def explain(error: BaseException) -> tuple[str, int]:
   """What to say, or '' where that takes a traceback, and the exit status."""
+  if isinstance(error, HostsError | CorruptionError | PassingError):
+    return str(error), RESTART
   if isinstance(error, UserError):
     return str(error), MISTAKE
-  if isinstance(error, HostsError | CorruptionError):
-    return str(error), RESTART
   if isinstance(error, SaveError):
     return str(error), 1
   said = str(error).partition('\n')[0]

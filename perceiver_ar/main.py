@@ -79,8 +79,7 @@ def _join(args: argparse.Namespace) -> None:
     args.process_id,
     seconds=args.barrier_seconds,
   )
-  if place != places.Place():
-    print(places.describe(place), file=sys.stderr, flush=True)
+  print(places.describe(place), file=sys.stderr, flush=True)
   distributed.join(place, args.barrier_seconds)
 
 

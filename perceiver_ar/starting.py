@@ -41,9 +41,8 @@ def announce(
     sharded_attention.choose(model, mesh.abstract_mesh, size).name
     for size in sizes
   )
-  alone = 'alone: ' if jax.process_count() == 1 else ''
   print(
-    f'{alone}{mesh.size} x {device.device_kind}'
+    f'{mesh.size} x {device.device_kind}'
     + (f' ({axes})' if axes else '')
     + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
   )

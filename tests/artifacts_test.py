@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
+from runs import ROOT, start, wait_until, write_texts
 from tiny import make_config
 
 from perceiver_ar import artifacts, drawn
@@ -293,3 +294,39 @@ def test_ids_have_one_blank_between_them(tmp_path):
     stream.write(part)
   stream.close()
   assert (tmp_path / 'x').read_text() == '5 17 299 4'
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_with_the_same_text(tmp_path):
+  data = write_texts(tmp_path / 'data', 'x')
+  run = tmp_path / 'run'
+
+  def begin(*words):
+    return start(tmp_path / 'compiled', *words, f'--workdir={run}')
+
+  def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+  finish(
+    begin(
+      'train',
+      f'--config={ROOT}/configs/drill.py',
+      f'--config.data.path={data}',
+      '--config.train.num_steps=4',
+    )
+  )
+  words = 'sample', '--num_samples=2', '--length=30000', '--top_k=5'
+  unfinished = run / 'samples' / 'unfinished.npz'
+  process = begin(*words)
+  wait_until(unfinished.exists, process)
+  process.kill()
+  process.communicate()
+  assert 'goes on after ' in finish(begin(*words))
+  assert not unfinished.exists()
+  files = sorted((run / 'samples').glob('sample-*'))
+  killed = {file.name: file.read_bytes() for file in files}
+  assert 'goes on after ' not in finish(begin(*words))
+  whole = {file.name: file.read_bytes() for file in files}
+  assert len(killed) == 2 and killed == whole

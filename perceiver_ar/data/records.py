@@ -21,7 +21,7 @@ import numpy as np
 
 from perceiver_ar import paths
 from perceiver_ar.data import codecs, layouts, stated, tokens
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import PassingError, UserError, check_passing
 
 MANIFEST = 'manifest.json'
 VERSION = 3
@@ -112,6 +112,7 @@ class Manifest:
       with _opened(path) as file:
         content = file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
+      check_passing(error, path)
       raise UserError(
         f'{folder} is no prepared data set ({MANIFEST} is missing or '
         'unreadable); prepare one with tools/prepare_*.py'
@@ -214,11 +215,13 @@ class Documents:
 
     Raises:
       DamagedRecord: they are not what was written.
+      PassingError: the file cannot be read now.
       UserError: the file cannot be read, or is another by now.
     """
     try:
       payload = self._source[index]
     except RuntimeError as error:
+      check_passing(error, f'{self._file}: record {index}')
       raise self._explained(index, str(error)) from error
     if zlib.crc32(payload) != self._listed.crc32[index]:
       raise self._explained(index, _OTHER)
@@ -235,10 +238,11 @@ class Documents:
     where = f'{self._file}: record {index} ({self._listed.names[index]})'
     try:
       _check_size(self._file, self._about)
+    except PassingError:
+      raise
     except UserError as error:
       # Of a file that was cut short, records read as empty.
       return UserError(f'{where} cannot be read: {error}')
-    # Anything else, such as a disk that does not answer, may be over soon.
     kind = UserError
     if reason == _OTHER or 'Corrupted' in reason:
       kind = DamagedRecord
@@ -293,6 +297,7 @@ def _read_list(path: Path, about: Split) -> _List:
     KeyError,
     RecursionError,
   ) as error:
+    check_passing(error, path)
     raise UserError(
       f'{path} cannot be read ({error}); restore it or {_REMEDY}'
     ) from error
@@ -327,6 +332,7 @@ def _check_size(path: Path, about: Split) -> None:
   try:
     size = path.stat().st_size
   except OSError as error:
+    check_passing(error, path)
     raise UserError(
       f'{path} is missing ({error.strerror}); restore it or prepare the data '
       'set again'

@@ -1,7 +1,9 @@
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import zlib
@@ -14,8 +16,9 @@ from array_record.python import (
   array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
+from perceiver_ar import errors
 from perceiver_ar.data import records
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import PassingError, UserError
 
 
 def _replace_record(path, index: int, payload: bytes, **listed) -> None:
@@ -334,3 +337,32 @@ def test_a_pipe_is_not_waited_for(write_data, name):
   os.mkfifo(folder / name)
   with pytest.raises(UserError, match=name.replace('.', r'\.')):
     records.Documents(str(folder), 'train')
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_storage_that_may_answer_later_is_nobodys_mistake(
+  write_data, monkeypatch, number
+):
+  folder = write_data([40, 50, 60])
+  documents = records.Documents(str(folder), 'train')
+  away = OSError(number, os.strerror(number))
+
+  class Source:
+    def __getitem__(self, index):
+      raise RuntimeError(f'UNKNOWN: {away.strerror}; reading 40 bytes')
+
+  monkeypatch.setattr(documents, '_source', Source())
+  with pytest.raises(PassingError, match=f'record 1 .*{away.strerror}') as told:
+    documents[1]
+  assert not isinstance(told.value, records.DamagedRecord)
+  assert errors.explain(told.value)[1] == errors.RESTART
+
+  def fail(*args, **kwargs):
+    raise away
+
+  for name in ('open', 'stat'):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path, name, fail)
+      with pytest.raises((PassingError, OSError)) as told:
+        records.Documents(str(folder), 'train')
+      assert errors.explain(told.value)[1] == errors.RESTART
