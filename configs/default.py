@@ -76,8 +76,8 @@ def get_config(arg: str = '') -> ConfigDict:
   # many standard deviations above the mean of the last ones; 0: never.
   t.spike_deviations = 0.0
   t.max_skipped_steps = 10  # in a row before the run stops
-  # What a step, save or evaluation may take before the run ends to be started
-  # again, if that is 10 times what it usually takes; 0: for ever.
+  # What a step, a save or a batch of an evaluation may take before the run ends
+  # to be started again, if that is 10 times what it usually takes; 0: for ever.
   t.hang_seconds = 300.0
   t.log_every = 10  # steps that the loss on the screen is the mean of
   t.check_memory = True  # on TPU, refuse a step that does not fit a device

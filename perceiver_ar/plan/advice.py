@@ -102,18 +102,17 @@ def _smaller_parts(config: Config, plan: Plan, room: int) -> Iterator[Changes]:
     size for name, size in plan.bytes_per_chip.items() if name not in _FIXED
   )
   likely = 2 ** max(1, math.ceil(math.log2(max(rest / room, 1))))
-  remat = {'model.remat': later[-1]} if later else {}
-  now = config.train.num_microbatches
-  # Recomputation has made room that the plan at hand does not know of.
-  begin = 2 if later else max(2, likely // 2)
+  now, size = config.train.num_microbatches, config.train.batch_size
   rows = plan.mesh['slice'] * plan.mesh['data']
-  part = begin
-  while part <= 64 * likely:
-    num = now * part
-    if config.train.batch_size % num or config.train.batch_size // num % rows:
-      break
-    yield remat | {'train.num_microbatches': num}
-    part *= 2
+  # Recomputation has made room that the plan at hand does not know of.
+  first = 2 if later else max(2, likely // 2)
+  doubled = [first * 2**i for i in range(7 + likely.bit_length())]
+  divides = lambda part: size % (now * part * rows) == 0
+  if later and divides(likely):
+    yield {'train.num_microbatches': now * likely}
+  remat = {'model.remat': later[-1]} if later else {}
+  for part in itertools.takewhile(divides, doubled):
+    yield remat | {'train.num_microbatches': now * part}
 
 
 def _after(remat: str) -> tuple[str, ...]:

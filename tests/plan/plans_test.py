@@ -178,6 +178,27 @@ def test_the_batch_is_computed_in_parts_before_axes_change(
   assert change[0] == {'train.num_microbatches': 4}
 
 
+def test_parts_of_the_batch_may_do_without_recomputation(
+  monkeypatch, trained, machine
+):
+  """Where what is kept for the backward pass is not what takes the room."""
+  config = advice.apply(
+    _CONFIG, {'train.batch_size': 64, 'model.remat': 'none'}
+  )
+  seen = fake_plans(
+    monkeypatch, trained, lambda config: 2**20 // config.train.num_microbatches
+  )
+  plan = dataclasses.replace(
+    trained, config=config, needed_bytes=2**20, hbm_bytes=2**18, fits=False
+  )
+  sizes = dict.fromkeys(plan.bytes_per_chip, 0) | {'activations': 2**20}
+  plan = dataclasses.replace(plan, bytes_per_chip=sizes)
+  change = advice.smallest_change(config, machine, plan)
+  assert change is not None
+  assert change[0] == {'train.num_microbatches': 4}
+  assert {c.model.remat for c in seen} >= {'dots', 'attention', 'full'}
+
+
 def test_nothing_is_compiled_where_the_state_alone_does_not_fit(
   monkeypatch, trained, machine
 ):
