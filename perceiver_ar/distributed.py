@@ -39,8 +39,8 @@ _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
 _EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
 _LOOK_SECONDS = 0.5  # between looks at who has left
-# Ours, and what JAX finds its devices with; and all that these need.
-_PACKAGES = ('perceiver-ar', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
+# What JAX finds devices with, if it is there.
+_PLUGINS = re.compile('libtpu|jax[-_]cuda.*|nvidia[-_].*')
 
 
 @dataclasses.dataclass
@@ -287,8 +287,9 @@ def _odd_one(seen: Sequence[Mapping[str, str]]) -> str:
 
 def software() -> dict[str, str]:
   """What `agree` should know of this installation: versions, and our code."""
+  names = [found.name or '' for found in metadata.distributions()]
   versions: dict[str, str] = {}
-  for name in _PACKAGES:
+  for name in ['perceiver-ar', *filter(_PLUGINS.fullmatch, names)]:
     _add_versions(name, versions)
   versions = {'python': platform.python_version()} | dict(
     sorted(versions.items())

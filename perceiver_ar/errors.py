@@ -8,11 +8,13 @@ MISTAKE = 2  # of the user's: the same again would fail again
 # as EX_TEMPFAIL.
 RESTART = 75
 # Of storage and machines that are busy or away: the same may do again.
+_PASSING_NAMES = (
+  *('EIO', 'EAGAIN', 'EBUSY', 'EMFILE', 'ENFILE', 'ENOTCONN', 'ESTALE'),
+  *('ETIMEDOUT', 'EREMOTEIO', 'ECONNREFUSED', 'ECONNRESET', 'EHOSTDOWN'),
+  *('EHOSTUNREACH', 'ENETDOWN', 'ENETUNREACH'),
+)
 PASSING = frozenset(
-  {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE}
-  | {errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO}
-  | {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN}
-  | {errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+  getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)
 )
 
 

@@ -46,15 +46,21 @@ def _files(path: epath.Path) -> list[epath.Path]:
 def verify(workdir: Path) -> list[dict[str, Any]]:
   """For each step: `step`, `ok`, `reason` if not. Changes nothing.
 
-  Reads every array onto one device, so that it needs neither the model nor
-  the mesh.
+  Needs neither the model nor the mesh: one array at a time is read onto one
+  device. Steps that a run removes meanwhile are left out.
   """
   rows = []
   for step in checkpoint.saved_steps(workdir):
     reason = ''
     try:
-      read_arrays(checkpoint.step_folder(workdir, step), '')
-    except Damaged as error:
+      folder = checkpoint.step_folder(workdir, step)
+      for name in saved_step.read_manifest(folder)['arrays']:
+        read_array(folder, name)
+    except UserError as error:
+      if step not in checkpoint.saved_steps(workdir):
+        continue
+      if not isinstance(error, Damaged):
+        raise
       reason = error.reason
     rows.append({'step': step, 'ok': not reason, 'reason': reason})
   return rows
@@ -84,10 +90,13 @@ def diff(
     checkpoint.load_config(d, s)
     for d, s in zip((workdir, other), steps, strict=True)
   ]
-  old, new = (read_arrays(folder, '') for folder in folders)
+  names = [saved_step.read_manifest(folder)['arrays'] for folder in folders]
   rows = []
-  for name in sorted({*old, *new}):
-    a, b = old.get(name), new.get(name)
+  for name in sorted({*names[0], *names[1]}):
+    a, b = (
+      read_array(folder, name) if name in there else None
+      for folder, there in zip(folders, names, strict=True)
+    )
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
       rows.append({'name': name, 'shapes': [_shape(a), _shape(b)]})
     elif a.tobytes() != b.tobytes():
@@ -109,7 +118,12 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
   from safetensors.numpy import save
 
   step = _chosen(workdir, step)
-  arrays = read_arrays(checkpoint.step_folder(workdir, step), 'params/')
+  folder, prefix = checkpoint.step_folder(workdir, step), 'params/'
+  arrays = {
+    name.removeprefix(prefix): read_array(folder, name)
+    for name in saved_step.read_manifest(folder)['arrays']
+    if name.startswith(prefix)
+  }
   target = epath.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   target.write_bytes(save(arrays, metadata={'step': str(step)}))
@@ -117,23 +131,17 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
   return {'step': step, 'arrays': len(arrays), 'parameters': num}
 
 
-def read_arrays(folder: epath.Path, prefix: str) -> dict[str, np.ndarray]:
-  """Arrays by their path below `prefix`, checked, on this host.
+def read_array(folder: epath.Path, name: str) -> np.ndarray:
+  """One of a step, checked, on this host.
 
   Raises:
     Damaged: the files are not those that were saved.
   """
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  saved = saved_step.read_manifest(folder)['arrays']
-  abstract = {
-    name.removeprefix(prefix): jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding
-    )
-    for name, (dtype, shape, _) in saved.items()
-    if name.startswith(prefix)
-  }
-  tree = saved_step.restore(folder, nest(abstract), prefix)
-  return {name: np.asarray(x) for name, x in flatten(tree).items()}
+  dtype, shape, _ = saved_step.read_manifest(folder)['arrays'][name]
+  abstract = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)}
+  tree = saved_step.restore(folder, nest(abstract), '', partial=True)
+  return np.asarray(flatten(tree)[name])
 
 
 def _chosen(workdir: Path, step: int | None) -> int:

@@ -29,13 +29,19 @@ from etils import epath
 
 from perceiver_ar import distributed, host_memory
 from perceiver_ar.checksums import PyTree, checksums, flatten, nest
-from perceiver_ar.errors import PASSING, UserError
+from perceiver_ar.errors import PASSING, PassingError, UserError
 
-# Of these a restore may die although the files are sound.
-_NO_DAMAGE_ERRORS = PASSING | {errno.EACCES, errno.EPERM}
-_NOT_DAMAGE = (
-  *('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE'),
-  *map(os.strerror, _NO_DAMAGE_ERRORS),  # as TensorStore quotes them
+# As TensorStore quotes them: of these a restore may die although the files are
+# sound, and then the same may do again,
+_AWAY = (
+  *('RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED'),
+  *map(os.strerror, PASSING),
+)
+# or it takes somebody to allow it.
+_FORBIDDEN = (
+  *('PERMISSION_DENIED', 'UNAUTHENTICATED'),
+  *('Forbidden', 'does not have storage'),  # as gcsfs says it
+  *map(os.strerror, (errno.EACCES, errno.EPERM)),
 )
 _PACKAGES = ('perceiver-ar', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
@@ -128,10 +134,30 @@ def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:
 def _read_json(folder: epath.Path, name: str) -> Any:
   try:
     return json.loads((folder / name).read_text())
-  except (OSError, ValueError, RecursionError) as error:
-    if getattr(error, 'errno', None) in _NO_DAMAGE_ERRORS:
-      raise
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise Damaged(folder, f'{name}: {one_line(error)}') from error
+  except OSError as error:  # of a bucket many have no number
+    _check_damage(folder, error)
+    raise PassingError(_unread(folder, error)) from error
+  except (ValueError, RecursionError) as error:
+    raise Damaged(folder, f'{name}: {one_line(error)}') from error
+
+
+def _check_damage(folder: epath.Path, error: Exception) -> None:
+  """Raises unless the files themselves may be the cause."""
+  if any(word in str(error) for word in _FORBIDDEN):
+    raise UserError(
+      f'{folder} may not be read ({one_line(error)}); allow it, and run again'
+    ) from error
+  if any(word in str(error) for word in _AWAY):
+    raise PassingError(_unread(folder, error)) from error
+
+
+def _unread(folder: epath.Path, error: Exception) -> str:
+  return (
+    f'{folder} cannot be read now ({one_line(error)}); run again when that is '
+    'over'
+  )
 
 
 def read_loss(folder: epath.Path) -> float | None:
@@ -146,11 +172,17 @@ def read_loss(folder: epath.Path) -> float | None:
 
 
 def restore(
-  folder: epath.Path, abstract: PyTree, prefix: str, max_host_gb: float = 0.0
+  folder: epath.Path,
+  abstract: PyTree,
+  prefix: str,
+  max_host_gb: float = 0.0,
+  *,
+  partial: bool = False,
 ) -> PyTree:
   """The arrays below `prefix`, checked against the manifest.
 
-  With `max_host_gb` few are read at a time; 0: as many as Orbax likes.
+  With `max_host_gb` few are read at a time; 0: as many as Orbax likes. With
+  `partial` there may be others below `prefix`, which are not read.
   """
   wanted = {prefix + k: v for k, v in flatten(abstract).items()}
   try:
@@ -161,6 +193,8 @@ def restore(
     manifest, reason = {}, error.reason
   _agree(folder, reason)
   saved = {k: v for k, v in manifest['arrays'].items() if k.startswith(prefix)}
+  if partial:
+    saved = {k: v for k, v in saved.items() if k in wanted}
   _check_same_arrays(folder, saved, wanted)
   try:
     arrays = _read_arrays(folder, wanted, max_host_gb)
@@ -190,7 +224,7 @@ def _read_arrays(
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=True,
   )
-  with _quiet_failure() as failure:
+  with _quiet_failure(folder) as failure:
     # The handler alone: a Checkpointer would wait for the other processes.
     handler = host_memory.reader(folder / 'state', wanted, max_host_gb)
     restored = handler.restore(folder / 'state', args=args)
@@ -210,7 +244,7 @@ def _read_arrays(
 
 
 @contextlib.contextmanager
-def _quiet_failure() -> Iterator[list[str]]:
+def _quiet_failure(folder: epath.Path) -> Iterator[list[str]]:
   """Yields a list that ends up with the reason why the files are unreadable.
 
   Orbax reads with many coroutines and abandons them all when one fails. Each
@@ -223,11 +257,10 @@ def _quiet_failure() -> Iterator[list[str]]:
   try:
     try:
       yield failure
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # whatever the readers of five formats raise
-      if any(word in str(error) for word in _NOT_DAMAGE):
-        raise
+      _check_damage(folder, error)
       failure.append(one_line(error))
     if failure:
       complaints.clear()

@@ -80,6 +80,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
     checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints,
     watchdog.until_saved(),
   ):
+    watchdog.watch('start', 'going on from a checkpoint')
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
     if restored:
@@ -245,10 +246,9 @@ class _Loop:
     # What was pending may have brought a signal.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
-      doing = 'save', f'the checkpoint of step {step}'
-      self._watchdog.begin(*doing)
+      journal.begin('save')
       self._finish_save()
-      self._watchdog.watch(*doing)
+      self._watchdog.watch('save', f'the checkpoint of step {step}')
       self._replicas.check(step, state)
       distributed.barrier('save')
       self._writer.sync()

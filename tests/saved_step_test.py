@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shutil
+import socket
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ from etils import epath
 from states import CONFIG, make_mesh, make_state, same, sharded
 
 from perceiver_ar import checkpoint, errors, host_memory, saved_step
+from perceiver_ar.errors import UserError
 
 
 def cut(content):
@@ -51,7 +53,7 @@ def test_storage_that_does_not_answer_is_no_damage(saved, monkeypatch):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
   monkeypatch.setattr(type(saved), 'read_text', away)
-  with pytest.raises(OSError) as raised:
+  with pytest.raises(errors.PassingError) as raised:
     saved_step.restore(saved, make_state(3), '')
   sentence, status = errors.explain(raised.value)
   assert status == errors.RESTART
@@ -59,14 +61,57 @@ def test_storage_that_does_not_answer_is_no_damage(saved, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('said', 'is_damage'),
+  'error',
   [
-    ('UNKNOWN: Error reading "d/1": [OS error 5: Input/output error]', False),
-    ('NOT_FOUND: d/1 [OS error 24: Too many open files]', False),
-    ('DATA_LOSS: d/1 [CRC-32C checksum verification failed]', True),
+    TimeoutError('no answer'),
+    socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution'),
+    OSError('Service Unavailable, 503'),  # as a bucket says it
   ],
 )
-def test_readers_say_which_it_is(saved, monkeypatch, said, is_damage):
+def test_a_bucket_that_does_not_answer_is_no_damage(saved, monkeypatch, error):
+  def away(path):
+    raise error
+
+  monkeypatch.setattr(type(saved), 'read_text', away)
+  with pytest.raises(errors.PassingError):
+    saved_step.restore(saved, make_state(3), '')
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+    OSError('x does not have storage.objects.get access to the object'),
+  ],
+)
+def test_who_may_not_read_makes_a_mistake(saved, monkeypatch, error):
+  def forbidden(path):
+    raise error
+
+  monkeypatch.setattr(type(saved), 'read_text', forbidden)
+  with pytest.raises(UserError, match='may not be read') as raised:
+    saved_step.restore(saved, make_state(3), '')
+  assert errors.explain(raised.value)[1] == errors.MISTAKE
+  assert not isinstance(raised.value, saved_step.Damaged)
+
+
+@pytest.mark.parametrize(
+  ('said', 'kind'),
+  [
+    (
+      'UNKNOWN: Error reading "d/1": [OS error 5: Input/output error]',
+      errors.PassingError,
+    ),
+    ('NOT_FOUND: d/1 [OS error 24: Too many open files]', errors.PassingError),
+    ('DEADLINE_EXCEEDED: d/1', errors.PassingError),
+    ('PERMISSION_DENIED: d/1', UserError),
+    (
+      'DATA_LOSS: d/1 [CRC-32C checksum verification failed]',
+      saved_step.Damaged,
+    ),
+  ],
+)
+def test_readers_say_which_it_is(saved, monkeypatch, said, kind):
   class Reader:
     def restore(self, *args, **kwargs):
       raise ValueError(said)
@@ -74,7 +119,7 @@ def test_readers_say_which_it_is(saved, monkeypatch, said, is_damage):
   monkeypatch.setattr(host_memory, 'reader', lambda *_: Reader())
   with pytest.raises(ValueError, match='d/1') as raised:
     saved_step.restore(saved, make_state(3), '')
-  assert isinstance(raised.value, saved_step.Damaged) == is_damage
+  assert type(raised.value) is kind
 
 
 @pytest.mark.slow  # the checkpoint's own tests have one damage of each kind

@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere ends as if nothing had happened."""
 
+import collections
 import dataclasses
 import itertools
 import random
@@ -35,6 +36,7 @@ from perceiver_ar import (
   skipping,
   starting,
   train,
+  watchdog,
   workdir,
 )
 from perceiver_ar import config as config_lib
@@ -131,6 +133,38 @@ def test_every_step_and_every_evaluation_has_a_row(undisturbed):
   assert [(x['doing'], x['step']) for x in told] == [
     ('save', step) for step in (2, 4, 6)
   ]
+
+
+def test_the_watchdog_learns_of_saves_what_they_take(tmp_path, monkeypatch):
+  learnt, doing = [], []
+  learn, restore = (
+    watchdog.Watchdog.learn,
+    checkpoint.Checkpoints.restore_newest,
+  )
+  save = checkpoint.Checkpoints.save
+
+  def remember(self, kind, seconds):
+    doing[:] = [self]
+    learnt.append((kind, seconds))
+    learn(self, kind, seconds)
+
+  def restored(*args):
+    assert doing[0]._now[0] == 'start'  # so it is watched
+    return restore(*args)
+
+  def saved(*args, **kwargs):
+    assert doing[0]._now[0] == 'save'
+    time.sleep(0.2)
+    save(*args, **kwargs)
+
+  monkeypatch.setattr(watchdog.Watchdog, 'learn', remember)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'restore_newest', restored)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', saved)
+  train.train_and_evaluate(copy_config(), tmp_path / 'run')
+  kinds = collections.Counter(kind for kind, _ in learnt)
+  assert kinds['save'] == 3
+  assert all(seconds > 0.2 for kind, seconds in learnt if kind == 'save')
+  assert kinds['write'] >= 3
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

@@ -58,7 +58,7 @@ def begins_the_data_again():
 
 
 def takes_damage_for_a_crash():
-  saved_step._quiet_failure = lambda: contextlib.nullcontext([])
+  saved_step._quiet_failure = lambda _: contextlib.nullcontext([])
 
 
 class _Same(str):

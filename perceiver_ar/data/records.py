@@ -352,6 +352,7 @@ def _open_records(path: Path, about: Split) -> Any:
   try:
     source: Any = grain.sources.ArrayRecordDataSource(str(path))
   except RuntimeError as error:
+    check_passing(error, path)
     raise UserError(
       f'{path} cannot be opened ({error}); restore it or prepare the data set '
       'again'

@@ -62,14 +62,22 @@ def _kill_step(scene: Scene) -> None:
 
 
 def _kill_save(scene: Scene) -> None:
-  job = scene.start(faults=_SLOWLY | {'kill_in_save': 2})
-  scene.demand_restart(job)
-  scene.demand(scene.finish(), f'goes on from step {SAVE_EVERY} .*')
+  for on in _ends(scene):
+    job = scene.resume(faults=_SLOWLY | {'kill_in_save': 2}, on=on)
+    scene.demand_restart(job)
+  scene.demand(scene.finish(), r'goes on from step \d+ .*')
+
+
+def _ends(scene: Scene) -> list[int]:
+  """The first process, which the others need, and the last."""
+  return list({0, scene.num_processes - 1})
 
 
 def _kill_restore(scene: Scene) -> None:
   scene.demand_restart(scene.start(faults={'kill_at': 10}))
-  scene.demand_restart(scene.resume(faults={'kill_in_restore': True}))
+  for on in _ends(scene):
+    job = scene.resume(faults={'kill_in_restore': True}, on=on)
+    scene.demand_restart(job)
   scene.demand(scene.finish(), 'goes on from step 8 .*')
 
 
