@@ -233,6 +233,7 @@ def xpk_command(job: Job) -> str:
     f'--max-restarts={job.max_restarts}',
     '--restart-on-exit-codes=1,3-126',  # it restarts after 127 to 255 anyway
     f'--termination-grace-period-seconds={_GRACE_SECONDS}',
+    '--env=JAX_PLATFORMS=tpu,cpu',
     f'--command={shlex.join(job.command)}',
   ]
   if job.priority:

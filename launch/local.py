@@ -11,6 +11,7 @@ its last lines are shown again. The exit status is its own, or 0.
 
 import argparse
 import collections
+import contextlib
 import os
 import queue
 import signal
@@ -54,8 +55,9 @@ class Job:
   def __init__(self, args: argparse.Namespace):
     self._processes: list[subprocess.Popen[str]] = []
     self._asked = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, self._pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        signal.signal(number, self._pass_on)
     port = args.port or _free_port()
     for process in range(args.processes):
       self._processes.append(_start(args, port, process))
@@ -101,6 +103,8 @@ class Job:
 
   def _pass_on(self, number: int, frame: Any) -> None:
     del frame
+    # The terminal has gone: what it would kill is asked to save.
+    number = signal.SIGTERM if number == signal.SIGHUP else number
     self._signal(signal.SIGKILL if self._asked else number)
     self._asked = True
 
@@ -121,7 +125,7 @@ class Job:
       if line.startswith('[Gloo] '):
         continue  # a line per process and group, whatever the log level
       self._last[process].append(line)
-      with self._print:
+      with self._print, contextlib.suppress(OSError):  # a terminal that is gone
         print(label, line, end='', flush=True)
     self._processes[process].wait()
     self._ended.put(process)

@@ -69,7 +69,8 @@ loop() {
   echo $$ >"$pid_file"
   while [[ $stopping == no ]]; do
     say "starts $*"
-    "$venv/bin/perceiver-ar" "$@" &
+    # Else, where the chips are not to be had, it would train on the CPU.
+    JAX_PLATFORMS=tpu,cpu "$venv/bin/perceiver-ar" "$@" &
     child=$!
     status=0
     wait "$child" || status=$?

@@ -30,12 +30,13 @@ from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
-from perceiver_ar import roll_call
+from perceiver_ar import places, roll_call
 from perceiver_ar.errors import MISTAKE, HostsError, UserError
 from perceiver_ar.places import Place
 
 _HEARTBEAT_SECONDS = 60  # of silence, after which JAX ends the whole job
 _GOODBYE_SECONDS = 5.0  # that process 0 stays for those that fail with it
+_MEETING_SECONDS = 60.0  # the same, so that they hear of a mistake
 _EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
 _LOOK_SECONDS = 0.5  # between looks at who has left
@@ -94,6 +95,28 @@ def join(place: Place, seconds: float) -> None:
     coordinator_bind_address=bind,
   )
   _job.names = names
+
+
+def meet_to_part(
+  address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  seconds: float,
+) -> None:
+  """After a mistake, so that the others hear of it and do not wait in vain.
+
+  Nothing happens if this process has joined them, or is alone.
+  """
+  if jax_distributed.global_state.client is not None:
+    return
+  seconds = min(seconds, _MEETING_SECONDS)
+  with contextlib.suppress(Exception):  # the mistake may be the place itself
+    place = places.find_place(
+      address, num_processes, process_id, seconds=seconds
+    )
+    if place.num_processes > 1:
+      print(f'{places.describe(place)}: tells the others', file=sys.stderr)
+      join(place, seconds)
 
 
 def _keep_collectives_to(host: str) -> None:
@@ -360,8 +383,11 @@ def leave(status: int) -> None:
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     # With process 0 the service goes, and with that all who are still there:
     # those that make the same mistake should say so themselves.
-    end = time.monotonic() + (_GOODBYE_SECONDS if process == 0 else 0.0)
-    while time.monotonic() < end and not _all_have_left(client):
+    stays = _MEETING_SECONDS if status == MISTAKE else _GOODBYE_SECONDS
+    end = time.monotonic() + stays
+    while process == 0 and time.monotonic() < end:
+      if _all_have_left(client):
+        break
       time.sleep(0.05)
     time.sleep(_EXIT_SECONDS if process == 0 else 0)
   os._exit(status)

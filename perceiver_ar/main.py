@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if 'num_processes' in args:  # it may have joined others
       from perceiver_ar import distributed
 
+      if status == errors.MISTAKE:
+        distributed.meet_to_part(*_place(args), args.barrier_seconds)
       distributed.leave(status)
   sys.exit(status)
 
@@ -73,14 +75,13 @@ def _join(args: argparse.Namespace) -> None:
   """Connects this process with the others of its job, if there are any."""
   from perceiver_ar import distributed, places
 
-  place = places.find_place(
-    args.coordinator,
-    args.num_processes,
-    args.process_id,
-    seconds=args.barrier_seconds,
-  )
+  place = places.find_place(*_place(args), seconds=args.barrier_seconds)
   print(places.describe(place), file=sys.stderr, flush=True)
   distributed.join(place, args.barrier_seconds)
+
+
+def _place(args: argparse.Namespace) -> tuple[str, int, int]:
+  return args.coordinator, args.num_processes, args.process_id
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:

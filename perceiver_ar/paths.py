@@ -14,11 +14,17 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 def check(path: epath.PathLike) -> None:
   """Raises UserError if this installation cannot open such a path."""
-  if is_bucket(path) and importlib.util.find_spec('gcsfs') is None:
+  if not is_bucket(path):
+    return
+  if importlib.util.find_spec('gcsfs') is None:
     raise UserError(
       f'to open {path}, install what opens buckets: pip install '
       '"perceiver-ar[gcs]"'
     )
+  import fsspec.config
+
+  # It would remember for good what a folder held, and other hosts write to it.
+  fsspec.config.conf['gs'] = {'use_listings_cache': False}
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -26,4 +32,5 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
   A bucket's paths always are, but `epath` would resolve them as a folder's.
   """
+  check(path)
   return epath.Path(path) if is_bucket(path) else epath.Path(path).resolve()

@@ -12,7 +12,7 @@ from etils import epath
 from hosts import free_port
 from runs import TINY, wait_until
 
-from perceiver_ar import journal
+from perceiver_ar import journal, paths
 
 pytest.importorskip('gcsfs')
 emulator = pytest.importorskip('gcp_storage_emulator.server')
@@ -88,6 +88,20 @@ def run(folder, *words, status=0):
   said, _ = job.communicate(timeout=200)
   assert job.returncode == status, said
   return said
+
+
+def test_what_other_hosts_write_and_remove_is_seen(bucket):
+  import gcsfs
+
+  paths.check(bucket)
+  folder, other = epath.Path(bucket), gcsfs.GCSFileSystem(skip_instance_cache=1)
+  names = lambda: [path.name for path in folder.iterdir()]
+  (folder / 'a').write_text('ours')
+  assert names() == ['a']
+  other.pipe('bucket/run/b', b'theirs')
+  assert names() == ['a', 'b']
+  other.rm('bucket/run/a')
+  assert names() == ['b'] and not (folder / 'a').exists()
 
 
 def without_times(value):

@@ -272,6 +272,18 @@ def test_the_mistake_of_one_process_ends_all_as_a_mistake(tmp_path):
   assert 'process 1 (' in first and 'ended with status 2' in first
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('process', [0, 1])
+def test_a_mistake_before_the_processes_have_met_ends_all(tmp_path, process):
+  extra = [[], []]
+  extra[process] = ['--config.model.widht=48']
+  job = train(tmp_path / 'run', processes=2, extra=extra)
+  said = assert_all_end(job, 2)
+  assert 'widht' in said[process]
+  assert f'process {process} (' in said[1 - process]
+  assert 'ended with status 2' in said[1 - process]
+
+
 def copies(tmp_path, split, index):
   """A data set with words for each of two processes; one has a bad copy."""
   bad_records.write_noise(tmp_path / '0', num_documents=40)
@@ -372,7 +384,11 @@ def test_local_processes_have_labels_and_the_first_failure_is_shown(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_local_processes_which_save(tmp_path):
+@pytest.mark.parametrize(
+  ('number', 'status'), [(signal.SIGINT, 130), (signal.SIGHUP, 75)]
+)
+def test_what_stops_all_local_processes_has_them_save(tmp_path, number, status):
+  """Ctrl-C, or a terminal that is closed."""
   job = local(
     '--processes=2',
     '--',
@@ -382,8 +398,8 @@ def test_ctrl_c_stops_all_local_processes_which_save(tmp_path):
   )
   path = tmp_path / 'metrics.jsonl'
   wait_until(lambda: path.exists() and path.stat().st_size, job)
-  job.send_signal(signal.SIGINT)
+  job.send_signal(number)
   said, _ = job.communicate(timeout=200)
-  assert job.returncode == 130, said
-  assert 'SIGINT: step' in said
+  assert job.returncode == status, said
+  assert re.search('(SIGINT|SIGTERM): step', said)
   assert checkpoint.saved_steps(tmp_path)

@@ -307,6 +307,7 @@ def test_xpk_is_told_the_same(capsys):
   assert flags['--num-slices'] == '2'
   assert flags['--docker-image'] == 'repo/it:1'
   assert flags['--priority'] == 'high'
+  assert flags['--env'] == 'JAX_PLATFORMS=tpu,cpu'
   assert flags['--command'] == (
     'perceiver-ar train --config=configs/books.py:long '
     '--workdir=gs://runs/books-long'
