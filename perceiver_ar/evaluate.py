@@ -35,6 +35,7 @@ from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.progress import Progress
+from perceiver_ar.stopping import Interrupted
 from perceiver_ar.train_step import Batch, Params, score_latents, shift
 
 
@@ -111,16 +112,18 @@ class Evaluator:
     params: Params,
     *,
     visible: bool,
-    alive: Callable[[], None] = lambda: None,
+    asked: Callable[[], int] = lambda: 0,
   ) -> dict[str, Any]:
     """Scores all blocks; a dict of plain numbers that goes into JSON.
 
     Args:
       params: as the train state holds them.
       visible: whether this process shows progress.
-      alive: is called after every batch.
+      asked: is called with every batch, and gives the signal that asks this
+        process to end, or 0.
 
     Raises:
+      Interrupted: some process is asked to end; on all after the same batch.
       UserError: a record cannot be read: fewer of them have another score.
     """
     start = time.monotonic()
@@ -139,17 +142,16 @@ class Evaluator:
         blocks = self._blocks[first : first + batch_size]
         scores = self._step(params, self._batch(blocks))
         sent = self._exchange.send(
-          host_reports.Report(failed=self._error is not None)
+          host_reports.Report(stop=asked(), failed=self._error is not None)
         )
         # The device works on these while the host adds up those before.
         if waiting:
-          self._check_data(waiting[2])
+          self._check(waiting[2])
           _add(totals, *waiting[:2])
         waiting = blocks, scores, sent
         progress.advance(len(blocks))
-        alive()
       if waiting:
-        self._check_data(waiting[2])
+        self._check(waiting[2])
         _add(totals, *waiting[:2])
     report = summarise(totals, self._counts())
     if isinstance(self._documents, copy.CopyDocuments):
@@ -166,9 +168,12 @@ class Evaluator:
       'seconds': round(time.monotonic() - start, 3),
     }
 
-  def _check_data(self, sent: Any) -> None:
-    """Ends all processes together where one cannot read its data."""
-    if any(report.failed for report in self._exchange.read(sent)):
+  def _check(self, sent: Any) -> None:
+    """Ends all processes together where one must."""
+    reports = self._exchange.read(sent)
+    if number := max(report.stop for report in reports):
+      raise Interrupted(number)
+    if any(report.failed for report in reports):
       if self._error is not None:
         raise self._error
       distributed.barrier('data')  # which says who has left

@@ -30,6 +30,9 @@ class Writer:
 
   A bucket (gs://...) knows no appending: there the files are written as a whole
   by `sync`, and the last by `close`.
+
+  Attributes:
+    evaluated: the steps whose evaluation was there; on process 0.
   """
 
   def __init__(
@@ -37,11 +40,13 @@ class Writer:
   ):
     """Drops what the steps from `first_step` on had written before."""
     self._file = self._tensorboard = self._scratch = None
+    self.evaluated: frozenset[int] = frozenset()
     if process_index:
       return
     path = _path(workdir)
     rows = lines.read(path, 'step')
     kept = _kept(rows, first_step)
+    self.evaluated = frozenset(r['step'] for _, r in kept if 'split' in r)
     self._file = lines.Appender(path, [line for line, _ in kept])
     _tell_lost(rows, first_step)
     self._board = board = path.parent / 'tensorboard'

@@ -59,6 +59,14 @@ def _leave() -> None:
   os._exit(RESTART)
 
 
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+  """Some process of the job was asked to end by this `signal`."""
+
+  def __init__(self, number: int):
+    super().__init__(f'signal {number}')
+    self.signal = number
+
+
 class Stop:
   """Knows of Ctrl-C or SIGTERM, so that the loop can end its step."""
 

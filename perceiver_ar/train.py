@@ -37,7 +37,7 @@ from perceiver_ar.data import pipeline
 from perceiver_ar.errors import RESTART, UserError
 from perceiver_ar.evaluate import Evaluator
 from perceiver_ar.progress import Progress
-from perceiver_ar.stopping import Stop
+from perceiver_ar.stopping import Interrupted, Stop
 from perceiver_ar.train_step import TrainState
 from perceiver_ar.watchdog import WRITE, Watchdog
 
@@ -164,6 +164,7 @@ class _Loop:
       ) as self._progress,
       contextlib.ExitStack() as listening,
     ):
+      self._make_up(first_step, state)
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
       for step in range(first_step, num_steps):
@@ -232,18 +233,8 @@ class _Loop:
     self._record()
     loss = None
     if is_evaluation and self._evaluator is not None:
-      doing = 'evaluation', f'the evaluation of step {step}'
-      self._watchdog.begin(*doing)
-      distributed.barrier('evaluation')
-      report = self._evaluator.run(
-        state.params,
-        visible=False,
-        alive=lambda: self._watchdog.watch(*doing),
-      )
-      self._writer.write(step, metrics.scalars(report))
-      loss = report['nats_per_token']
-      journal.event('evaluation', step=step, seconds=journal.taken())
-    # What was pending may have brought a signal.
+      loss = self._evaluate(self._evaluator, step, state)
+    # What was pending may have brought a signal, or the evaluation.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
       journal.begin('save')
@@ -260,6 +251,40 @@ class _Loop:
       self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
     return is_last
+
+  def _evaluate(
+    self, evaluator: Evaluator, step: int, state: TrainState
+  ) -> float | None:
+    """The loss; None if a signal came: whoever goes on from `step` begins it.
+
+    The last evaluation is made to its end, as nobody goes on from there.
+    """
+    doing = 'evaluation', f'the evaluation of step {step}'
+    is_last = step == self._config.train.num_steps
+
+    def asked() -> int:
+      self._watchdog.watch(*doing)
+      return 0 if is_last else self._stop.signal or 0
+
+    self._watchdog.begin(*doing)
+    distributed.barrier('evaluation')
+    try:
+      report = evaluator.run(state.params, visible=False, asked=asked)
+    except Interrupted as interrupted:
+      self._stopping = interrupted.signal
+      return None
+    self._writer.write(step, metrics.scalars(report))
+    journal.event('evaluation', step=step, seconds=journal.taken())
+    return report['nats_per_token']
+
+  def _make_up(self, step: int, state: TrainState) -> None:
+    """Makes the evaluation that a signal had ended."""
+    every = self._config.evaluate.every
+    if self._evaluator is None or not step or step % every:
+      return
+    known = 'known' if step in self._writer.evaluated else ''
+    if not distributed.exchange('evaluation', known)[0]:
+      self._evaluate(self._evaluator, step, state)
 
   def _finish_save(self) -> None:
     """Waits until the last one is written, which takes storage its time."""

@@ -212,6 +212,25 @@ def test_sigterm_before_the_first_step_restarts_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_to_one_ends_an_evaluation_on_all(tmp_path):
+  words = [
+    '--config.train.num_steps=6',
+    '--config.evaluate.every=3',
+    '--config.evaluate.max_examples=0',
+    '--config.data.num_eval_documents=20000',
+  ]
+  job = train(tmp_path, *words, processes=2)
+  path = tmp_path / 'metrics.jsonl'
+  wait_until(
+    lambda: path.exists() and path.read_bytes().count(b'\n') >= 3, job[0]
+  )
+  job[1].send_signal(signal.SIGTERM)
+  assert_all_end(job, 75)
+  assert checkpoint.saved_steps(tmp_path) == [3]
+  assert all('split' not in row for row in rows(tmp_path))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'late'),
   [

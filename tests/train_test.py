@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import os
 import random
 import re
 import shutil
@@ -30,6 +31,7 @@ from runs import (
 
 from perceiver_ar import (
   checkpoint,
+  evaluate,
   journal,
   metrics,
   partitioning,
@@ -41,7 +43,7 @@ from perceiver_ar import (
 )
 from perceiver_ar import config as config_lib
 from perceiver_ar.data import pipeline, records
-from perceiver_ar.errors import SaveError, UserError
+from perceiver_ar.errors import RESTART, SaveError, UserError
 from perceiver_ar.report import document
 
 __all__ = ['compiled_once', 'one_device']
@@ -165,6 +167,29 @@ def test_the_watchdog_learns_of_saves_what_they_take(tmp_path, monkeypatch):
   assert kinds['save'] == 3
   assert all(seconds > 0.2 for kind, seconds in learnt if kind == 'save')
   assert kinds['write'] >= 3
+
+
+def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
+  tmp_path, monkeypatch
+):
+  config = copy_config(evaluate__batch_size=2)
+  train.train_and_evaluate(config, tmp_path / 'whole')
+  make, batches = evaluate.Evaluator._batch, []
+
+  def batch(self, blocks):
+    batches.append(len(blocks))
+    os.kill(os.getpid(), signal.SIGTERM)
+    return make(self, blocks)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate.Evaluator, '_batch', batch)
+    assert train.train_and_evaluate(config, tmp_path / 'run') == RESTART
+  assert 1 <= len(batches) <= 2
+  # The one of step 3, at which nothing is saved otherwise.
+  assert checkpoint.saved_steps(tmp_path / 'run')[-1] == 3
+  assert not any('split' in row for row in rows(tmp_path / 'run'))
+  assert train.train_and_evaluate(config, tmp_path / 'run') == 0
+  assert_same_run(tmp_path / 'run', tmp_path / 'whole', config)
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(
