@@ -80,8 +80,9 @@ class Job:
     if failed is None:
       return 0
     status = _status(self._processes[failed])
-    print(f'process {failed} was the first to fail, with status {status}:')
-    print(''.join(self._last[failed]), end='', flush=True)
+    with contextlib.suppress(OSError):
+      print(f'process {failed} was the first to fail, with status {status}:')
+      print(''.join(self._last[failed]), end='', flush=True)
     return status
 
   def _wait(self) -> int | None:
@@ -103,8 +104,12 @@ class Job:
 
   def _pass_on(self, number: int, frame: Any) -> None:
     del frame
-    # The terminal has gone: what it would kill is asked to save.
-    number = signal.SIGTERM if number == signal.SIGHUP else number
+    if number == signal.SIGHUP:
+      # The terminal has gone: what it would kill is asked to save. It may come
+      # twice, from the shell and from the kernel.
+      if self._asked:
+        return
+      number = signal.SIGTERM
     self._signal(signal.SIGKILL if self._asked else number)
     self._asked = True
 

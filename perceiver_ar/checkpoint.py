@@ -41,9 +41,9 @@ class Checkpoints:
   """The checkpoints that a training run writes and resumes from.
 
   Attributes:
-    last_memory: by how many bytes this process grew in the last save or
-      restore that is over, without the arrays that a restore left in host
-      memory; None before, and where there is no /proc.
+    losses: of evaluations by step: the best are kept.
+    last_memory: by how many bytes this process grew in the last save or restore
+      that is over, without what that left in host memory; None: not known.
     last_seconds: from the last save's begin until it was seen to be over.
   """
 
@@ -56,7 +56,7 @@ class Checkpoints:
     saved_step.shorten_complaints()
     saved_step.versions()  # fails before the first step, not at its save
     self._folder = self._workdir / _CHECKPOINTS
-    self._losses = {
+    self.losses = {
       step: loss
       for step in saved_steps(workdir)
       if (loss := saved_step.read_loss(self._folder / str(step))) is not None
@@ -79,7 +79,7 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         # A damaged step must not keep the manager from starting.
         lightweight_initialize=True,
-        preservation_policy=Preservation(self._config, self._losses),
+        preservation_policy=Preservation(self._config, self.losses),
       ),
     )
 
@@ -162,7 +162,7 @@ class Checkpoints:
     meter = host_memory.Meter()
     manifest = saved_step.make_manifest(step, state, config_json, loss, data)
     if manifest['loss'] is not None:
-      self._losses[step] = manifest['loss']
+      self.losses[step] = manifest['loss']
     with self._saving():
       saved = self._manager.save(
         step,
@@ -258,7 +258,7 @@ class Checkpoints:
       journal.event('set_aside', step=error.step, reason=error.reason)
     _warn('%s; it is kept in %s, and %s', error, target, instead)
     distributed.barrier('restore')
-    self._losses.pop(error.step, None)
+    self.losses.pop(error.step, None)
     self._manager.reload()
 
 

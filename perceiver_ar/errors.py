@@ -62,7 +62,7 @@ def explain(error: BaseException) -> tuple[str, int]:
       return (
         f'the memory of a device is too small ({said}); `perceiver-ar plan` '
         'finds a change that fits'
-      ), MISTAKE
+      ), 1  # another process may have held it
   if isinstance(error, OSError) and error.errno in PASSING:
     where = f'{error.filename}: ' if error.filename is not None else ''
     return f'{where}{error.strerror}; run again when that is over', RESTART

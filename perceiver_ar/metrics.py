@@ -32,7 +32,8 @@ class Writer:
   by `sync`, and the last by `close`.
 
   Attributes:
-    evaluated: the steps whose evaluation was there; on process 0.
+    evaluated: the loss by step of the evaluations that were there; on process
+      0.
   """
 
   def __init__(
@@ -40,13 +41,17 @@ class Writer:
   ):
     """Drops what the steps from `first_step` on had written before."""
     self._file = self._tensorboard = self._scratch = None
-    self.evaluated: frozenset[int] = frozenset()
+    self.evaluated: dict[int, float] = {}
     if process_index:
       return
     path = _path(workdir)
     rows = lines.read(path, 'step')
     kept = _kept(rows, first_step)
-    self.evaluated = frozenset(r['step'] for _, r in kept if 'split' in r)
+    self.evaluated = {
+      row['step']: float(row['nats_per_token'])
+      for _, row in kept
+      if 'nats_per_token' in row
+    }
     self._file = lines.Appender(path, [line for line, _ in kept])
     _tell_lost(rows, first_step)
     self._board = board = path.parent / 'tensorboard'

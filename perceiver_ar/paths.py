@@ -24,7 +24,7 @@ def check(path: epath.PathLike) -> None:
   import fsspec.config
 
   # It would remember for good what a folder held, and other hosts write to it.
-  fsspec.config.conf['gs'] = {'use_listings_cache': False}
+  fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -137,7 +137,8 @@ def replay(config: Config, folder: epath.PathLike, step: int) -> Report:
   own = config_lib.resolve(workdir.read_config(folder)).mesh
   mesh = make_mesh(config.mesh, own, jax.devices())
   until = dataclasses.replace(config.train, num_steps=step + 1)
-  config = dataclasses.replace(config, train=until)
+  none = dataclasses.replace(config.evaluate, every=0)
+  config = dataclasses.replace(config, train=until, evaluate=none)
   mesh_checks.check_train(config, mesh)
   first, state, origin = _begin(config, folder, mesh, documents, step)
   steps = f'step {step}' if step == first else f'steps {first} to {step}'

@@ -37,6 +37,7 @@ _AWAY = (
   *('RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED'),
   *map(os.strerror, PASSING),
 )
+_OF_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # or it takes somebody to allow it.
 _FORBIDDEN = (
   *('PERMISSION_DENIED', 'UNAUTHENTICATED'),
@@ -134,12 +135,8 @@ def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:
 def _read_json(folder: epath.Path, name: str) -> Any:
   try:
     return json.loads((folder / name).read_text())
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-    raise Damaged(folder, f'{name}: {one_line(error)}') from error
-  except OSError as error:  # of a bucket many have no number
+  except Exception as error:  # whatever a disk, a bucket or JSON raises
     _check_damage(folder, error)
-    raise PassingError(_unread(folder, error)) from error
-  except (ValueError, RecursionError) as error:
     raise Damaged(folder, f'{name}: {one_line(error)}') from error
 
 
@@ -149,15 +146,15 @@ def _check_damage(folder: epath.Path, error: Exception) -> None:
     raise UserError(
       f'{folder} may not be read ({one_line(error)}); allow it, and run again'
     ) from error
-  if any(word in str(error) for word in _AWAY):
-    raise PassingError(_unread(folder, error)) from error
-
-
-def _unread(folder: epath.Path, error: Exception) -> str:
-  return (
-    f'{folder} cannot be read now ({one_line(error)}); run again when that is '
-    'over'
-  )
+  # Of a bucket many have no number, and some are no OSError.
+  is_away = isinstance(error, OSError) and not isinstance(error, _OF_FILES)
+  code = getattr(error, 'code', None)
+  is_away |= type(code) is int and (code == 429 or code >= 500)
+  if is_away or any(word in str(error) for word in _AWAY):
+    raise PassingError(
+      f'{folder} cannot be read now ({one_line(error)}); run again when that '
+      'is over'
+    ) from error
 
 
 def read_loss(folder: epath.Path) -> float | None:

@@ -7,7 +7,9 @@ saw.
 """
 
 import contextlib
+import json
 import logging
+import math
 import signal
 import time
 from typing import Any
@@ -74,13 +76,13 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
   workdir.check(folder, config, documents)
   workdir.check_shared(folder)
   distributed.barrier('restore')
+  doing = 'restore', 'going on from a checkpoint'
   with (
-    Watchdog(config.train.hang_seconds) as watchdog,
+    Watchdog(config.train.hang_seconds, *doing) as watchdog,
     journal.kept(folder, jax.process_index()),
     checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints,
     watchdog.until_saved(),
   ):
-    watchdog.watch('start', 'going on from a checkpoint')
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
     if restored:
@@ -96,11 +98,9 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
         if is_first:
           workdir.begin(folder, config, documents)
           journal.start(config, mesh, first_step)
-      state = (
-        restored[1]
-        if restored
-        else starting.first_state(config, mesh, documents)
-      )
+      state = restored[1] if restored else None
+      if state is None:
+        state = starting.first_state(config, mesh, documents)
       loop = _Loop(config, mesh, checkpoints, evaluator, watchdog)
       status = loop.run(state, documents, first_step, folder)
   distributed.barrier('exit')
@@ -164,7 +164,8 @@ class _Loop:
       ) as self._progress,
       contextlib.ExitStack() as listening,
     ):
-      self._make_up(first_step, state)
+      if first_step and self._evaluator is not None:
+        self._make_up(self._evaluator, first_step, state)
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
       for step in range(first_step, num_steps):
@@ -277,14 +278,21 @@ class _Loop:
     journal.event('evaluation', step=step, seconds=journal.taken())
     return report['nats_per_token']
 
-  def _make_up(self, step: int, state: TrainState) -> None:
-    """Makes the evaluation that a signal had ended."""
-    every = self._config.evaluate.every
-    if self._evaluator is None or not step or step % every:
-      return
-    known = 'known' if step in self._writer.evaluated else ''
-    if not distributed.exchange('evaluation', known)[0]:
-      self._evaluate(self._evaluator, step, state)
+  def _make_up(
+    self, evaluator: Evaluator, step: int, state: TrainState
+  ) -> None:
+    """Makes the evaluation that a signal had ended.
+
+    The checkpoint of that step was saved without its loss.
+    """
+    said = json.dumps(list(self._writer.evaluated.items()))
+    known = dict(json.loads(distributed.exchange('evaluations', said)[0]))
+    if step % self._config.evaluate.every == 0 and step not in known:
+      loss = self._evaluate(evaluator, step, state)
+      known |= {} if loss is None else {step: loss}
+    self._checkpoints.losses.update(
+      {at: loss for at, loss in known.items() if math.isfinite(loss)}
+    )
 
   def _finish_save(self) -> None:
     """Waits until the last one is written, which takes storage its time."""

@@ -33,13 +33,19 @@ _REMEMBERED = 100
 class Watchdog:
   """A thread that watches the thread which calls `begin`."""
 
-  def __init__(self, seconds: float):
-    """Anything may take so many `seconds`, and longer if it usually does."""
+  def __init__(self, seconds: float, kind: str = '', what: str = ''):
+    """Anything may take so many `seconds`, and longer if it usually does.
+
+    Args:
+      seconds: 0: nothing is watched.
+      kind: of what is done first, as in `watch`.
+      what: the same.
+    """
     self._seconds = seconds
     self._taken: dict[str, collections.deque[float]] = collections.defaultdict(
       lambda: collections.deque(maxlen=_REMEMBERED)
     )
-    self._now = '', '', self._clock()
+    self._now = kind, what, self._clock()
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 

@@ -35,6 +35,7 @@ from perceiver_ar import (
   journal,
   metrics,
   partitioning,
+  preservation,
   skipping,
   starting,
   train,
@@ -138,31 +139,36 @@ def test_every_step_and_every_evaluation_has_a_row(undisturbed):
 
 
 def test_the_watchdog_learns_of_saves_what_they_take(tmp_path, monkeypatch):
-  learnt, doing = [], []
+  learnt, restores, watchdogs = [], [], []
   learn, restore = (
     watchdog.Watchdog.learn,
     checkpoint.Checkpoints.restore_newest,
   )
-  save = checkpoint.Checkpoints.save
+  save, enter = checkpoint.Checkpoints.save, watchdog.Watchdog.__enter__
+
+  def entered(self):
+    watchdogs.append(self)
+    return enter(self)
 
   def remember(self, kind, seconds):
-    doing[:] = [self]
     learnt.append((kind, seconds))
     learn(self, kind, seconds)
 
   def restored(*args):
-    assert doing[0]._now[0] == 'start'  # so it is watched
+    restores.append(watchdogs[0]._now[0])
     return restore(*args)
 
   def saved(*args, **kwargs):
-    assert doing[0]._now[0] == 'save'
+    assert watchdogs[0]._now[0] == 'save'
     time.sleep(0.2)
     save(*args, **kwargs)
 
+  monkeypatch.setattr(watchdog.Watchdog, '__enter__', entered)
   monkeypatch.setattr(watchdog.Watchdog, 'learn', remember)
   monkeypatch.setattr(checkpoint.Checkpoints, 'restore_newest', restored)
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', saved)
   train.train_and_evaluate(copy_config(), tmp_path / 'run')
+  assert restores == ['restore']
   kinds = collections.Counter(kind for kind, _ in learnt)
   assert kinds['save'] == 3
   assert all(seconds > 0.2 for kind, seconds in learnt if kind == 'save')
@@ -188,8 +194,22 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
   # The one of step 3, at which nothing is saved otherwise.
   assert checkpoint.saved_steps(tmp_path / 'run')[-1] == 3
   assert not any('split' in row for row in rows(tmp_path / 'run'))
+  known = []
+
+  def kept(self, *args, **kwargs):
+    known.append(dict(self.losses))
+    return should_preserve(self, *args, **kwargs)
+
+  should_preserve = preservation.Preservation.should_preserve
+  monkeypatch.setattr(preservation.Preservation, 'should_preserve', kept)
   assert train.train_and_evaluate(config, tmp_path / 'run') == 0
   assert_same_run(tmp_path / 'run', tmp_path / 'whole', config)
+  losses = {
+    row['step']: row['nats_per_token']
+    for row in rows(tmp_path / 'whole')
+    if 'split' in row
+  }
+  assert known[-1] == losses  # though step 3 was saved without it
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

@@ -14,7 +14,7 @@ from perceiver_ar.plan.plans import Plan
 
 Changes = Mapping[str, Any]
 
-_MOST_COMPILED = 8
+_MOST_COMPILED = 9
 _REMATS = ('none', 'dots', 'attention', 'full')
 # Of a device, whatever the batch; the rest shrinks with it.
 _FIXED = ('parameters', 'optimizer_state', 'gradients')
