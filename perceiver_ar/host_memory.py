@@ -13,6 +13,7 @@ An array that is larger than a part is a part by itself.
 
 import collections
 import contextlib
+import ctypes
 import logging
 import math
 import pathlib
@@ -36,6 +37,7 @@ _PART = 1 / 4
 _FILE_BYTES = 2**28
 # What threads, caches and compiling took, whatever the budget.
 _OVERHEAD_BYTES = 250_000_000
+_M_MMAP_THRESHOLD = -3  # as malloc.h has it
 _PROC = pathlib.Path('/proc/self')
 _log = logging.getLogger(__name__)
 
@@ -142,6 +144,7 @@ def writer(max_gb: float, *, in_parts: bool) -> ocp.PyTreeCheckpointHandler:
   """Saves arrays at once, or in parts of which three are within the budget."""
   if not in_parts:
     return ocp.PyTreeCheckpointHandler()
+  _give_back_what_is_freed()
   arrays = ocp.type_handlers.ArrayHandler(
     array_metadata_store=array_metadata_store.Store(), callback=_InParts()
   )
@@ -153,6 +156,18 @@ def writer(max_gb: float, *, in_parts: bool) -> ocp.PyTreeCheckpointHandler:
     # Otherwise every array keeps its copy on the host for as long as it lives.
     enable_pinned_host_transfer=jax.default_backend() != 'cpu',
   )
+
+
+def _give_back_what_is_freed() -> None:
+  """Large buffers go back to the system at once.
+
+  glibc would keep some in the pools of its threads, up to a few times what the
+  budget of a save is. A CPU's own arrays are such buffers, and would be slower.
+  """
+  if jax.default_backend() == 'cpu':
+    return
+  with contextlib.suppress(AttributeError, TypeError, OSError):  # no glibc
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def file_bytes(max_gb: float) -> int | None:
@@ -173,6 +188,7 @@ def reader(
   handler = ocp.PyTreeCheckpointHandler()
   if not max_gb:
     return handler
+  _give_back_what_is_freed()
   stored, _ = jax.tree_util.tree_flatten_with_path(
     handler.metadata(folder).tree, is_leaf=lambda x: hasattr(x, 'storage')
   )

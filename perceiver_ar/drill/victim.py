@@ -22,13 +22,22 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax._src import cache_key
 
-from perceiver_ar import checkpoint, main, prefetch, saved_step, train_step
+from perceiver_ar import (
+  checkpoint,
+  distributed,
+  main,
+  prefetch,
+  saved_step,
+  train_step,
+)
 
 
 def run(faults: dict[str, Any], words: Sequence[str]) -> None:
   # What one process has compiled is for all: on CPUs JAX has keys of its
   # cache that differ by process, and only the first one writes to it.
   cache_key._hash_accelerator_config = cache_key._hash_devices
+  # A host that is dead is noticed as ever, and sooner.
+  distributed._HEARTBEAT_SECONDS = 20
   for name, value in faults.items():
     _FAULTS[name](value)
   main.main(words)
