@@ -5,7 +5,6 @@ import io
 import pathlib
 import pickle
 import re
-import resource
 import subprocess
 import sys
 
@@ -140,7 +139,8 @@ _BOMBS = {
 }
 
 _LOAD = """
-import io, sys
+import io, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
 sys.path.insert(0, sys.argv[1])
 import array_pickles
 try:
@@ -160,7 +160,6 @@ def test_a_few_bytes_do_not_fill_the_memory(name):
     capture_output=True,
     text=True,
     check=True,
-    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)),
   )
   # Not by getrusage, which knows what the process was forked from as well.
   (peak,) = re.findall(r'VmHWM:\s+(\d+) kB', result.stdout)
