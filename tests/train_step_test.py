@@ -107,12 +107,11 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(
 )
 def test_nor_do_they_with_what_else_a_model_may_have(rules, changes):
   one_sums, one_grads, _ = gradients(config_on({}, **changes))
-  for num_microbatches in (1, 2):
-    mesh = {'data': 2, 'context': 2, 'model': 2, 'rules': rules}
-    parts = {'train.num_microbatches': num_microbatches}
-    sums, grads, _ = gradients(config_on(mesh, **changes, **parts))
-    assert_close(sums, one_sums)
-    assert_close(grads, one_grads)
+  mesh = {'data': 2, 'context': 2, 'model': 2, 'rules': rules}
+  parts = {'train.num_microbatches': 2}
+  sums, grads, _ = gradients(config_on(mesh, **changes, **parts))
+  assert_close(sums, one_sums)
+  assert_close(grads, one_grads)
 
 
 @pytest.mark.slow
