@@ -14,7 +14,7 @@ from runs import TINY, wait_until
 
 from perceiver_ar import journal, paths
 
-pytest.importorskip('gcsfs')
+gcsfs = pytest.importorskip('gcsfs')
 emulator = pytest.importorskip('gcp_storage_emulator.server')
 
 _WORDS = [
@@ -91,8 +91,6 @@ def run(folder, *words, status=0):
 
 
 def test_what_other_hosts_write_and_remove_is_seen(bucket):
-  import gcsfs
-
   paths.check(bucket)
   folder, other = epath.Path(bucket), gcsfs.GCSFileSystem(skip_instance_cache=1)
   names = lambda: [path.name for path in folder.iterdir()]
