@@ -80,7 +80,7 @@ def _join(args: argparse.Namespace) -> None:
   distributed.join(place, args.barrier_seconds)
 
 
-def _place(args: argparse.Namespace) -> tuple[str, int, int]:
+def _place(args: argparse.Namespace) -> tuple[str | None, Any, Any]:
   return args.coordinator, args.num_processes, args.process_id
 
 

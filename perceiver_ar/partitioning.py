@@ -30,15 +30,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 _UNSHARDED: Rules = dict.fromkeys(
   (
-    'embed',
-    'latent_embed',
-    'heads',
-    'kv',
-    'mlp',
-    'vocab',
-    'positions',
-    'layers',
-    'norm',
+    *('embed', 'latent_embed', 'heads', 'kv', 'mlp'),
+    *('vocab', 'positions', 'layers', 'norm'),
   )
 )
 _FSDP: Rules = {'embed': 'data'}
@@ -199,9 +192,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     UserError: the sizes do not multiply to the number of devices.
   """
   sizes = [getattr(config, axis) for axis in MESH_AXES]
-  asked = ' x '.join(
-    f'{axis} {size}' for axis, size in zip(MESH_AXES, sizes, strict=True)
-  )
+  asked = ' x '.join(f'{axis} {getattr(config, axis)}' for axis in MESH_AXES)
   fixed = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise UserError(
@@ -305,7 +296,7 @@ def _spec(
         f'{"*".join(over)} of size {ways}; change the size, the mesh or '
         'mesh.rules'
       )
-  _check_sharded(name, shape, axes, used, mesh, rules)
+  _check_sharded(name, shape, axes, mesh, rules)
   return PartitionSpec(*entries)
 
 
@@ -313,27 +304,22 @@ def _check_sharded(
   name: str,
   shape: tuple[int, ...],
   axes: Sequence[str | None],
-  used: set[str],
   mesh: Mesh,
   rules: Rules,
 ) -> None:
   """Under rules that shard parameters, a large one must not be left whole."""
-  used_by_rules = {m for entry in rules.values() for m in axes_of(entry)}
-  wanted = {axis for axis in used_by_rules if mesh.shape[axis] > 1}
-  if wanted and not used & wanted and math.prod(shape) >= _LARGE:
-    better = [
-      other
-      for other in _SETS
-      if any(
-        (ways := num_parts(mesh, axes_of(_SETS[other].get(str(axis))))) > 1
-        and size % ways == 0
-        for axis, size in zip(axes, shape, strict=True)
-      )
-    ]
-    use = f'mesh.rules={better[0]}, or ' if better else ''
+
+  def is_split(rules: Rules) -> bool:
+    ways = [num_parts(mesh, axes_of(rules.get(str(axis)))) for axis in axes]
+    return any(w > 1 and n % w == 0 for n, w in zip(shape, ways, strict=True))
+
+  used = {m for entry in rules.values() for m in axes_of(entry)}
+  is_whole = num_parts(mesh, list(used)) > 1 and not is_split(rules)
+  if is_whole and math.prod(shape) >= _LARGE:
+    better = [f'mesh.rules={x}, or ' for x, r in _SETS.items() if is_split(r)]
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '
-      f'device; use {use}a mesh that its rules shard over'
+      f'device; use {"".join(better[:1])}a mesh that its rules shard over'
     )
 
 

@@ -37,13 +37,13 @@ _AWAY = (
   *('RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED'),
   *map(os.strerror, PASSING),
 )
-_OF_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # or it takes somebody to allow it.
 _FORBIDDEN = (
   *('PERMISSION_DENIED', 'UNAUTHENTICATED'),
   *('Forbidden', 'does not have storage'),  # as gcsfs says it
   *map(os.strerror, (errno.EACCES, errno.EPERM)),
 )
+_OF_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PACKAGES = ('perceiver-ar', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 
@@ -135,6 +135,8 @@ def read_config(folder: epath.Path, manifest: Mapping[str, Any]) -> Any:
 def _read_json(folder: epath.Path, name: str) -> Any:
   try:
     return json.loads((folder / name).read_text())
+  except MemoryError:
+    raise
   except Exception as error:  # whatever a disk, a bucket or JSON raises
     _check_damage(folder, error)
     raise Damaged(folder, f'{name}: {one_line(error)}') from error

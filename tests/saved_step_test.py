@@ -110,6 +110,15 @@ def test_who_may_not_read_makes_a_mistake(saved, monkeypatch, error):
   assert not isinstance(raised.value, saved_step.Damaged)
 
 
+def test_a_host_without_memory_has_seen_no_damage(saved, monkeypatch):
+  def full(path):
+    raise MemoryError
+
+  monkeypatch.setattr(type(saved), 'read_text', full)
+  with pytest.raises(MemoryError):
+    saved_step.restore(saved, make_state(3), '')
+
+
 @pytest.mark.parametrize(
   ('said', 'kind'),
   [

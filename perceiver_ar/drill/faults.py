@@ -70,7 +70,7 @@ def _kill_save(scene: Scene) -> None:
 
 def _ends(scene: Scene) -> list[int]:
   """The first process, which the others need, and the last."""
-  return list({0, scene.num_processes - 1})
+  return sorted({0, scene.num_processes - 1})
 
 
 def _kill_restore(scene: Scene) -> None:
