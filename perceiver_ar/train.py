@@ -251,6 +251,7 @@ class _Loop:
       journal.event('save', step=step, seconds=journal.taken())
       self._save_soon, self._saved = False, (step, time.monotonic())
     self._clock = self._began = time.monotonic()
+    self._blocked = 0.0
     return is_last
 
   def _evaluate(

@@ -5,9 +5,11 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Nobody holds a TPU here, so processes may share its compiler.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-# Compiling is most of the work of small tests, and half of it is LLVM's.
+# Compiling is most of the work of small tests: little is optimised, and the
+# older emitters of fused loops make half the code.
 os.environ['XLA_FLAGS'] = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+  '--xla_cpu_use_fusion_emitters=false'
 )
 
 import jax

@@ -32,6 +32,7 @@ from runs import (
 from perceiver_ar import (
   checkpoint,
   evaluate,
+  host_reports,
   journal,
   metrics,
   partitioning,
@@ -561,6 +562,29 @@ def test_time_saves_besides_steps(tmp_path, monkeypatch):
   assert all(1 <= b - a <= 3 for a, b in itertools.pairwise(steps))
   assert len(steps) > 8
   assert checkpoint.saved_steps(tmp_path) == [20, 30]
+
+
+def test_what_a_host_waits_for_devices_is_none_of_its_work(
+  tmp_path, monkeypatch
+):
+  """Nor of the work of the step after an evaluation or a save."""
+  send, read = host_reports.Exchange.send, host_reports.Exchange.read
+  sent = []
+
+  def seen(self, report):
+    if report.digest:  # of a step, not of an evaluation
+      sent.append(report)
+    return send(self, report)
+
+  def late(self, reports):
+    time.sleep(0.2)
+    return read(self, reports)
+
+  monkeypatch.setattr(host_reports.Exchange, 'send', seen)
+  monkeypatch.setattr(host_reports.Exchange, 'read', late)
+  train.train_and_evaluate(copy_config(), tmp_path)
+  assert len(sent) == 6
+  assert all(x.data_seconds <= x.own_seconds < 0.2 for x in sent[1:]), sent
 
 
 def test_the_last_steps_alone_are_kept_for_the_screen(tmp_path, monkeypatch):
