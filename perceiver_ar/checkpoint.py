@@ -15,7 +15,8 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Self, TypeAlias
 
 import jax
@@ -23,11 +24,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed, host_memory, journal, paths, saved_step
+from perceiver_ar import (
+  distributed,
+  host_memory,
+  journal,
+  paths,
+  saved_step,
+  saving,
+)
 from perceiver_ar.checksums import PyTree, flatten, nest
 from perceiver_ar.config import CheckpointConfig, Config
-from perceiver_ar.errors import SaveError, UserError
-from perceiver_ar.preservation import Preservation
+from perceiver_ar.errors import HostsError, SaveError, UserError
 from perceiver_ar.saved_step import Damaged
 
 Path: TypeAlias = epath.PathLike
@@ -64,24 +71,15 @@ class Checkpoints:
     self._in_parts = False
     self._manager = self._open()
 
-  def _open(self) -> ocp.CheckpointManager:
-    max_gb, in_parts = self._config.max_host_gb, self._in_parts
-    return ocp.CheckpointManager(
-      self._folder,
-      item_handlers={
-        'state': host_memory.writer(max_gb, in_parts=in_parts),
-        'config': ocp.JsonCheckpointHandler(),
-      },
-      options=ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True,
-        # In the background, a folder that cannot be made is reported after
-        # minutes: each writer waits for it in vain.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        # A damaged step must not keep the manager from starting.
-        lightweight_initialize=True,
-        preservation_policy=Preservation(self._config, self.losses),
-      ),
+  def _open(self) -> saving.Manager:
+    return saving.open_manager(
+      self._folder, self._config, self.losses, in_parts=self._in_parts
     )
+
+  def learn(self, losses: Mapping[int, float | None]) -> None:
+    """Of evaluations by step, which no save has come with."""
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    self.losses |= {s: loss for s, loss in known.items() if math.isfinite(loss)}
 
   def __enter__(self) -> Self:
     return self
@@ -115,13 +113,15 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises SaveError if the last save has failed; waits for none."""
-    if not self._manager.is_saving_in_progress():
+    if self._manager.failure or not self._manager.is_saving_in_progress():
       self.wait()  # not at all
 
   @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:
     try:
       yield
+    except (HostsError, UserError):  # another process has left
+      raise
     except Exception as error:  # whatever a file system or Orbax raises
       raise SaveError(
         f'a checkpoint could not be written to {self._folder} '

@@ -7,15 +7,22 @@ Sources, for all but the clock and what the compiler keeps for itself:
     one port here), DCN bandwidth.
   - "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus): v4's ICI
     and v4's DCN, which the first does not give, and where a torus closes.
-The clock follows from the peak: cores x matrix units x 2 x side^2 operations a
-cycle. With it, the cycles that libtpu 0.0.42 expects of a bfloat16 matmul of
-16,384 are 92 % of the peak on v5e and 94 % on v5p, 78 % on v6e.
+In three dimensions optical switches close it, and only between whole cubes of
+4x4x4: if one dimension is no multiple of 4, all are lines. In two dimensions
+each that is 16 long closes, whatever the other is.
+The clock follows from the peak where the pages say what units there are: cores
+x matrix units x 2 x side^2 operations a cycle (v4, v5e, v5p). For v6e they say
+two units of 256 x 256, which would be 3.5 GHz; assumed is v5p's clock, half of
+that, at four times the operations a cycle of v5p's core, and as many of each
+device of 7x. By these clocks a bfloat16 matmul of 16,384 runs, in the cycles
+that libtpu 0.0.42 expects of it, at 94 % of the peak on v4 and v5p, 92 % on
+v5e, 78 % on v6e (at 3.5 GHz it would be 156 %) and 85 % on 7x.
 What the host holds comes over PCIe: 16 to 32 GB/s a chip, says the second.
 `usable` is what libtpu 0.0.42 says it has when a program is too large for it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from perceiver_ar.errors import UserError
 
@@ -39,9 +46,10 @@ class Chip:
     peak_flops: by type of the operands, per second. Matmuls of float32 are one
       pass of bfloat16, unless a precision is asked for.
     hbm_bandwidth: bytes per second.
-    link_bandwidth: bytes per second, one ICI port, one way.
+    link_bandwidth: bytes per second, one ICI port, one way, the device's share.
     num_links: ICI ports of a chip; two per dimension of the torus.
-    torus_multiple: a dimension closes to a ring if this divides it.
+    torus_multiple: a dimension closes to a ring if this divides it; of three
+      dimensions, if it divides all of them.
     dcn_bandwidth: bytes per second, one way, the chip's share of its host's.
     clock_hz: cycles per second.
   """
@@ -64,6 +72,11 @@ class Chip:
   @property
   def num_dims(self) -> int:
     return self.num_links // 2
+
+  def rings(self, shape: Sequence[int]) -> list[bool]:
+    """Which dimensions of a slice of this shape are rings, and not lines."""
+    divides = [size % self.torus_multiple == 0 for size in shape]
+    return [all(divides)] * len(shape) if self.num_dims == 3 else divides
 
 
 def _peak(bfloat16: float, int8: float) -> dict[str, float]:
@@ -145,7 +158,7 @@ _TPUS = (
     usable_bytes=int(94.75 * _GIB),
     peak_flops=_peak(2307e12 / 2, 4614e12 / 2),  # int8: the page gives FP8
     hbm_bandwidth=7380e9 / 2,
-    link_bandwidth=100e9,
+    link_bandwidth=100e9 / 2,
     num_links=6,
     torus_multiple=4,
     dcn_bandwidth=12.5e9 / 2,

@@ -8,18 +8,13 @@ names who did not come. All of it is nothing at all for a process that is alone.
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import pathlib
-import platform
-import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -40,8 +35,6 @@ _MEETING_SECONDS = 60.0  # the same, so that they hear of a mistake
 _EXIT_SECONDS = 1.0  # that it stays on, until those have ended
 _LAG_SECONDS = 60.0  # of a shared file system
 _LOOK_SECONDS = 0.5  # between looks at who has left
-# What JAX finds devices with, if it is there.
-_PLUGINS = re.compile('libtpu|jax[-_]cuda.*|nvidia[-_].*')
 
 
 @dataclasses.dataclass
@@ -202,6 +195,15 @@ def _wait(client: Any, at: str, name: str) -> bool:
   return passed.is_set()
 
 
+def check_present(name: str) -> None:
+  """Raises as `barrier` does if a process has left; waits for none."""
+  client = jax_distributed.global_state.client
+  if client is not None:
+    with _service(name):
+      left = _entries(client, 'left')
+    _say_who_left(name, left)
+
+
 @contextlib.contextmanager
 def _waiting() -> Iterator[None]:
   _job.waits_since = time.monotonic()
@@ -306,39 +308,6 @@ def _odd_one(seen: Sequence[Mapping[str, str]]) -> str:
         'start all with the same command, code, packages and data'
       )
   return ''
-
-
-def software() -> dict[str, str]:
-  """What `agree` should know of this installation: versions, and our code."""
-  names = [found.name or '' for found in metadata.distributions()]
-  versions: dict[str, str] = {}
-  for name in ['perceiver-ar', *filter(_PLUGINS.fullmatch, names)]:
-    _add_versions(name, versions)
-  versions = {'python': platform.python_version()} | dict(
-    sorted(versions.items())
-  )
-  folder = pathlib.Path(__file__).parent
-  code = hashlib.sha256()
-  for path in sorted(folder.rglob('*.py')):
-    code.update(path.relative_to(folder).as_posix().encode())
-    code.update(path.read_bytes())
-  return versions | {'code': code.hexdigest()[:16]}
-
-
-def _add_versions(package: str, versions: dict[str, str]) -> None:
-  """Of an installed package, and of all that it needs without its extras."""
-  name = re.sub('[-_.]+', '-', package).lower()
-  if name in versions:
-    return
-  try:
-    found = metadata.distribution(name)
-  except metadata.PackageNotFoundError:
-    return  # of another platform
-  versions[name] = found.version
-  for requirement in found.requires or ():
-    needed = re.match(r'[\w.-]+', requirement)
-    if needed and 'extra ==' not in requirement:
-      _add_versions(needed[0], versions)
 
 
 @contextlib.contextmanager

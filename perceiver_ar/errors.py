@@ -16,6 +16,7 @@ _PASSING_NAMES = (
 PASSING = frozenset(
   getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)
 )
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class UserError(ValueError):
@@ -63,8 +64,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         f'the memory of a device is too small ({said}); `perceiver-ar plan` '
         'finds a change that fits'
       ), 1  # another process may have held it
-  if isinstance(error, OSError) and error.errno in PASSING:
+  if isinstance(error, OSError) and error.errno in PASSING | _FULL:
     where = f'{error.filename}: ' if error.filename is not None else ''
+    if error.errno in _FULL:  # as a save that fails of it
+      return f'{where}{error.strerror}; make room there and run again', 1
     return f'{where}{error.strerror}; run again when that is over', RESTART
   # Others than those of a path are not the user's mistakes.
   if isinstance(error, OSError) and error.filename is not None:

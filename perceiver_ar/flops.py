@@ -3,7 +3,8 @@
 The count is of what multiply-adds of the model take, two each: masked scores
 included, recomputation, normalisation and softmax not.
 
-Letters: M inputs, N latents, D width, E embedding width, V vocabulary.
+Letters: T new latents, M inputs, N latents, D width, E embedding width,
+V vocabulary.
 """
 
 import time
@@ -20,16 +21,35 @@ def forward_flops(
 ) -> int:
   """Floating-point operations of one sequence's forward pass."""
   M, N = context_length, num_latents
-  D, E, V = config.width, config.embed_width, config.vocab_size
+  logits = 2 * N * config.width * config.vocab_size
+  inputs = projection_flops(config, M)
+  return _latent_flops(config, N, M, N) + logits + inputs
+
+
+def decode_flops(
+  config: ModelConfig, *, context_length: int, num_latents: int, num_new: int
+) -> int:
+  """Of one sequence's step of sampling.
+
+  One input's keys and values go to the cache, and the last `num_new` inputs
+  become latents, of which the last predicts. Both attend to whole caches.
+  """
+  latents = _latent_flops(config, num_new, context_length, num_latents)
+  logits = 2 * config.width * config.vocab_size
+  return latents + logits + projection_flops(config, 1)
+
+
+def _latent_flops(config: ModelConfig, T: int, M: int, N: int) -> int:
+  """Of T latents, from their embedding to the last of the layers."""
+  D, E = config.width, config.embed_width
   cross = (
-    N * D * E  # queries
-    + 2 * N * M * E  # scores and weighted sums
-    + N * E * D  # output
-    + 2 * N * D * config.cross_mlp_width
+    T * D * E  # queries
+    + 2 * T * M * E  # scores and weighted sums
+    + T * E * D  # output
+    + 2 * T * D * config.cross_mlp_width
   )
-  layer = 4 * N * D * D + 2 * N * N * D + 2 * N * D * config.mlp_width
-  latents = 2 * (N * E * D + cross + config.num_layers * layer + N * D * V)
-  return latents + projection_flops(config, M)
+  layer = 4 * T * D * D + 2 * T * N * D + 2 * T * D * config.mlp_width
+  return 2 * (T * E * D + cross + config.num_layers * layer)
 
 
 def projection_flops(config: ModelConfig, num_inputs: int) -> int:

@@ -1,8 +1,9 @@
 """The journal of a run: what happened to it, and where every second went.
 
 WORKDIR/journal.jsonl keeps every start and end of the run, whatever it was
-that ended it. A line is one JSON object with `time` (seconds since the epoch),
-`at` (the same for people, UTC) and `event`:
+that ended it; a process that is refused, or ends before it has the state to go
+on from, has not started it. A line is one JSON object with `time` (seconds
+since the epoch), `at` (the same for people, UTC) and `event`:
 
   start: config, software and place, `changes` since the last start in words,
     first_step, began (when the process did)
@@ -34,7 +35,7 @@ from typing import Any
 
 from etils import epath
 
-from perceiver_ar import errors, lines
+from perceiver_ar import errors, lines, software
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 from perceiver_ar.lines import Row
@@ -53,7 +54,6 @@ class _Run:
   kind: str = ''  # what is being done; '' while the clock stands
   since: float = 0.0
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-  told: float = 0.0  # when the seconds were last written
   # Events come from any thread.
   lock: Any = dataclasses.field(default_factory=threading.RLock)
 
@@ -76,18 +76,19 @@ def begin(kind: str) -> None:
   if not _run.kind:
     return
   before, now = _run.kind, time.monotonic()
-  _run.seconds = _account(now)
-  _run.kind, _run.since = kind, now
-  is_again = kind == 'step' and before != 'step'
-  if is_again or now - _run.told > _EVERY_SECONDS:
-    _tell_seconds(now)
+  with _run.lock:
+    _run.seconds = _account(now)
+    _run.kind, _run.since = kind, now
+  if kind == 'step' and before != 'step':
+    _tell_seconds()
 
 
 def spent(kind: str, seconds: float) -> None:
   """So many of the seconds of what is being done went into this: data."""
   if _run.kind:
-    _run.seconds[kind] = _run.seconds.get(kind, 0.0) + seconds
-    _run.since += seconds
+    with _run.lock:
+      _run.seconds[kind] = _run.seconds.get(kind, 0.0) + seconds
+      _run.since += seconds
 
 
 def taken() -> float:
@@ -106,12 +107,15 @@ def kept(workdir: epath.PathLike, process_index: int) -> Iterator[None]:
     start_clock()
   if process_index == 0:
     _run.path = _path(workdir)
+  over = threading.Event()
+  threading.Thread(target=_keep_telling, args=(over,), daemon=True).start()
   try:
     yield
   except BaseException as error:
     end(*_explain(error))
     raise
   finally:
+    over.set()
     _close()
     _run = _Run()
 
@@ -120,14 +124,11 @@ def start(config: Config, mesh: Any, first_step: int) -> None:
   """The run begins, or goes on, from this state."""
   if _run.path is None:
     return
-  # Only here: whoever opens no journal does without JAX.
-  from perceiver_ar import distributed
-
   rows = _open(_run.path)
   devices = list(mesh.devices.flat)
   facts = {
     'config': dataclasses.asdict(config),
-    'software': distributed.software(),
+    'software': software.facts(),
     'place': {
       'processes': len({device.process_index for device in devices}),
       'devices': f'{len(devices)} x {devices[0].device_kind}',
@@ -137,8 +138,7 @@ def start(config: Config, mesh: Any, first_step: int) -> None:
   facts = json.loads(json.dumps(facts))  # as it will be read
   starts = [row for row in rows if row['event'] == 'start']
   changes = _changes(starts[-1], facts) if starts else []
-  _run.told = time.monotonic()
-  seconds = sum(_account(_run.told).values())
+  seconds = sum(_account(time.monotonic()).values())
   _write(
     _row(
       'start',
@@ -180,7 +180,7 @@ def end(reason: str, status: int) -> None:
     if _run.file is None:
       return
     try:
-      _tell_seconds(time.monotonic())
+      _tell_seconds()
       event('end', reason=reason, status=status)
     finally:
       file, _run.file, _run.path = _run.file, None, None
@@ -232,11 +232,19 @@ def _account(now: float) -> dict[str, float]:
   return _run.seconds | {_run.kind: all_of_it}
 
 
-def _tell_seconds(now: float) -> None:
-  if _run.file is not None:
-    _run.told = now
-    seconds = {kind: round(x, 3) for kind, x in _account(now).items()}
-    event('seconds', **seconds)
+def _tell_seconds() -> None:
+  with _run.lock:
+    if _run.file is not None:
+      account = _account(time.monotonic())
+      event('seconds', **{kind: round(x, 3) for kind, x in account.items()})
+
+
+def _keep_telling(over: threading.Event) -> None:
+  """However long it takes, what is being done, and then ends in a crash."""
+  while not over.wait(_EVERY_SECONDS):
+    # What is wrong with the file, the next that writes to it will say.
+    with contextlib.suppress(OSError):
+      _tell_seconds()
 
 
 def _open(path: epath.Path) -> list[Row]:

@@ -99,7 +99,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   keys = ['split', 'num_latents', 'context_length', 'stride', 'max_examples']
   if args.max_examples is None and not _sets(rest, 'evaluate.max_examples'):
     args.max_examples = 0  # the config's is for training
-  from perceiver_ar import evaluate, workdir
+  from perceiver_ar import evaluate, starting, workdir
 
   stride_is_set = args.stride or _sets(rest, 'evaluate.stride')
   if args.num_latents and not stride_is_set:
@@ -119,7 +119,9 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   workdir.check_vocabulary(args.workdir, documents)
   pipeline.check_compatible(config.model, documents)
   workdir.agree(config, documents, step=str(args.step))
-  mesh, step, params = _restore(args, config)
+  mesh, step, params = starting.restore_params(
+    config, args.workdir, args.step, samples=False
+  )
   evaluator = evaluate.Evaluator(config, documents, mesh)
   is_first = jax.process_index() == 0
   distributed.barrier('evaluation')
@@ -156,6 +158,7 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
     drawn,
     sample,
     saved_step,
+    starting,
     workdir,
   )
 
@@ -165,7 +168,9 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   workdir.agree(
     config, trained, step=str(args.step), prompts=saved_step.digest(said)
   )
-  mesh, step, params = _restore(args, config)
+  mesh, step, params = starting.restore_params(
+    config, args.workdir, args.step, samples=True
+  )
   sampler = sample.Sampler(
     config,
     params,
@@ -341,27 +346,6 @@ def _run_config(
   nested = dataclasses.asdict(config)
   nested[section] |= changed
   return config_lib.resolve(nested)
-
-
-def _restore(args: argparse.Namespace, config: Config) -> tuple[Any, int, Any]:
-  import jax
-
-  from perceiver_ar import (
-    checkpoint,
-    distributed,
-    partitioning,
-    train_step,
-    workdir,
-  )
-
-  distributed.barrier('restore')
-  mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  workdir.keep_compiled(args.workdir, mesh.devices.flat[0].platform)
-  abstract = train_step.abstract_params(config, mesh)
-  step, params = checkpoint.restore_params(
-    args.workdir, abstract, args.step, config.checkpoint.max_host_gb
-  )
-  return mesh, step, params
 
 
 def _prompts(args: argparse.Namespace, config: Config, trained: Any) -> Any:

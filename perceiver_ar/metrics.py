@@ -7,21 +7,26 @@ that the file ends as if nothing had happened. JSON knows no NaN: such numbers
 are the strings NaN, Infinity and -Infinity, which `float` understands.
 """
 
+import contextlib
+import json
+import logging
 import math
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias, cast
 
 from etils import epath
 
 from perceiver_ar import journal, lines, paths
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import SaveError, UserError
 
 Row: TypeAlias = lines.Row
 
+_log = logging.getLogger(__name__)
+_FLUSH_SECONDS = 60.0  # so much later people see a step
 _NONFINITE = {x: float(x) for x in ('NaN', 'Infinity', '-Infinity')}
 
 
@@ -29,36 +34,24 @@ class Writer:
   """Writes metrics on process 0, and nothing on the others.
 
   A bucket (gs://...) knows no appending: there the files are written as a whole
-  by `sync`, and the last by `close`.
-
-  Attributes:
-    evaluated: the loss by step of the evaluations that were there; on process
-      0.
+  by `sync`, and the last by `close`. A TensorBoard that cannot be written is
+  given up, with a warning.
   """
 
   def __init__(
     self, workdir: epath.PathLike, *, first_step: int, process_index: int
   ):
     """Drops what the steps from `first_step` on had written before."""
-    self._file = self._tensorboard = self._scratch = None
-    self.evaluated: dict[int, float] = {}
+    self._file = self._tensorboard = None
     if process_index:
       return
     path = _path(workdir)
     rows = lines.read(path, 'step')
     kept = _kept(rows, first_step)
-    self.evaluated = {
-      row['step']: float(row['nats_per_token'])
-      for _, row in kept
-      if 'nats_per_token' in row
-    }
     self._file = lines.Appender(path, [line for line, _ in kept])
+    self._is_bucket = paths.is_bucket(path)
     _tell_lost(rows, first_step)
-    self._board = board = path.parent / 'tensorboard'
-    if paths.is_bucket(path):
-      self._scratch = tempfile.TemporaryDirectory()
-      board = epath.Path(self._scratch.name)
-    self._tensorboard = _tensorboard(board, first_step)
+    self._tensorboard = _tensorboard(path.parent / 'tensorboard', first_step)
     for _, row in kept:
       # TensorBoard hides everything from `first_step` on, these too.
       if row['step'] == first_step:
@@ -67,8 +60,12 @@ class Writer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    self.close()
+  def __exit__(
+    self, kind: type[BaseException] | None, *exception: object
+  ) -> None:
+    # What ended the run is told, not that this disk is full as well.
+    with contextlib.suppress(*([SaveError] if kind else [])):
+      self.close()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Numbers, lists of them, and strings; `split` if it is an evaluation."""
@@ -80,25 +77,20 @@ class Writer:
 
   def sync(self) -> None:
     """Before a save, whose steps must be in the file already."""
-    if self._file is None:
+    if self._file is None or self._tensorboard is None:
       return
     self._file.sync()
-    if self._scratch is None:
-      return
-    assert self._tensorboard is not None
-    self._tensorboard.flush()
-    self._board.mkdir(parents=True, exist_ok=True)
-    for events in epath.Path(self._scratch.name).iterdir():
-      (self._board / events.name).write_bytes(events.read_bytes())
+    if self._is_bucket:
+      self._tensorboard.flush()
 
   def close(self) -> None:
     if self._file is None or self._tensorboard is None:
       return
-    self.sync()
-    self._file.close()
-    self._tensorboard.close()
-    if self._scratch is not None:
-      self._scratch.cleanup()
+    with (
+      contextlib.closing(self._tensorboard),
+      contextlib.closing(self._file),
+    ):
+      self._file.sync()
 
   def _write_tensorboard(self, step: int, row: Mapping[str, Any]) -> None:
     prefix = row.get('split', 'train')
@@ -114,6 +106,21 @@ class Writer:
 def scalars(report: Mapping[str, Any]) -> dict[str, Any]:
   """What has a place in a table: no lists of buckets, nothing unknown."""
   return {k: v for k, v in report.items() if isinstance(v, int | float | str)}
+
+
+def evaluated(workdir: epath.PathLike, step: int) -> dict[int, float]:
+  """The losses of evaluations up to `step`, as process 0 knows them, on all."""
+  # Only here: whoever reads what is written does without JAX.
+  import jax
+
+  from perceiver_ar import distributed
+
+  path, known = _path(workdir), {}
+  if jax.process_index() == 0 and path.exists():
+    rows = read(workdir)[1]
+    known = {row['step']: row['nats_per_token'] for row in rows}
+  said = distributed.exchange('evaluations', json.dumps(list(known.items())))
+  return {at: loss for at, loss in json.loads(said[0]) if at <= step}
 
 
 def read(workdir: epath.PathLike) -> tuple[list[Row], list[Row]]:
@@ -204,31 +211,90 @@ def _kept(
 
 
 class _TensorBoardWriter:
-  """The part of clu's MetricWriter that numbers need, by tensorboardX."""
+  """The part of clu's MetricWriter that numbers need: a file of events.
+
+  metrics.jsonl has the numbers too, so that nothing here raises because of
+  storage. tensorboardX's own writer does not raise, and blocks for ever: an
+  error ends its thread, and nobody empties its queue.
+  """
 
   def __init__(self, folder: epath.Path, first_step: int):
-    import tensorboardX
+    self._folder, self._step = folder, first_step
+    self._file: Any = None  # or it is given up
+    self._scratch: tempfile.TemporaryDirectory[str] | None = None
+    self._flushed = time.monotonic()
+    with self._or_none():
+      self._open()
 
-    self._writer = tensorboardX.SummaryWriter(
-      str(folder),
-      purge_step=first_step,
-      # Names have whole seconds: a quick restart would overwrite its own file.
-      filename_suffix=f'.{time.time_ns()}',
-    )
+  def _open(self) -> None:
+    import tensorboardX
+    from tensorboardX.proto import event_pb2
+
+    local = self._folder
+    if paths.is_bucket(local):
+      self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+      local = epath.Path(self._scratch.name)
+    local.mkdir(parents=True, exist_ok=True)
+    # Seconds would not do: a quick restart would overwrite its own file.
+    name = f'events.out.tfevents.{time.time_ns()}'
+    self._file = tensorboardX.RecordWriter(str(local / name))
+    start = cast(Any, event_pb2).SessionLog.START
+    self._add(file_version='brain.Event:2')
+    self._add(step=self._step, session_log={'status': start})
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+    if self._file is None:
+      return
+    with self._or_none():
+      self._step = step
+      values = [{'tag': k, 'simple_value': x} for k, x in scalars.items()]
+      self._add(step=step, summary={'value': values})
+      if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        self._file.flush()
+        self._flushed = time.monotonic()
 
   def flush(self) -> None:
-    self._writer.flush()
+    if self._file is None:
+      return
+    with self._or_none():
+      self._file.flush()
+      if self._scratch is not None:
+        events = epath.Path(self._file.path)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / events.name).write_bytes(events.read_bytes())
 
   def close(self) -> None:
-    self._writer.close()
+    if self._file is not None:
+      with self._or_none():
+        self._file.close()
+    if self._scratch is not None:
+      self._scratch.cleanup()
+
+  def _add(self, **content: Any) -> None:
+    from tensorboardX.proto import event_pb2
+
+    event = cast(Any, event_pb2).Event(wall_time=time.time(), **content)
+    self._file.write(event.SerializeToString())
+
+  @contextlib.contextmanager
+  def _or_none(self) -> Iterator[None]:
+    """Gives the charts up where they cannot be written."""
+    try:
+      yield
+    except Exception as error:  # buckets have more kinds than OSError
+      _log.warning(
+        '%s cannot be written (%s): its charts end about step %d; '
+        'metrics.jsonl goes on',
+        *(self._folder, error, self._step),
+      )
+      file, self._file = self._file, None
+      if file is not None:
+        with contextlib.suppress(Exception):  # it is said
+          file.close()
 
 
 def _tensorboard(folder: epath.Path, first_step: int) -> Any:
-  """A clu writer that works in the background; errors surface when called."""
+  """A clu writer that works in the background."""
   # clu imports TensorFlow for its own summary writer, which we do not use.
   name = 'clu.metric_writers.summary_writer'
   if name not in sys.modules:

@@ -313,13 +313,13 @@ def _check_sharded(
     ways = [num_parts(mesh, axes_of(rules.get(str(axis)))) for axis in axes]
     return any(w > 1 and n % w == 0 for n, w in zip(shape, ways, strict=True))
 
-  used = {m for entry in rules.values() for m in axes_of(entry)}
-  is_whole = num_parts(mesh, list(used)) > 1 and not is_split(rules)
-  if is_whole and math.prod(shape) >= _LARGE:
-    better = [f'mesh.rules={x}, or ' for x, r in _SETS.items() if is_split(r)]
+  is_meant = mesh.size == 1 or not any(rules.values())
+  if not is_meant and not is_split(rules) and math.prod(shape) >= _LARGE:
+    better = [f'mesh.rules={x}, ' for x, r in _SETS.items() if is_split(r)]
     raise UserError(
       f'{name} with {math.prod(shape):,} elements is left whole on every '
-      f'device; use {"".join(better[:1])}a mesh that its rules shard over'
+      f'device; use {"".join(better[:1])}a mesh that its rules shard over, or '
+      'mesh.rules=replicated if that is meant'
     )
 
 

@@ -1,6 +1,7 @@
 """Folders here and in buckets (gs://...), through etils.epath alike."""
 
 import importlib.util
+import os
 
 from etils import epath
 
@@ -25,6 +26,23 @@ def check(path: epath.PathLike) -> None:
 
   # It would remember for good what a folder held, and other hosts write to it.
   fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """All or nothing, even if the process or the machine dies meanwhile."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_bucket(path):  # which knows nothing else
+    path.write_bytes(content)
+    return
+  temporary = path.parent / f'{path.name}.tmp'
+  try:
+    with temporary.open('wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

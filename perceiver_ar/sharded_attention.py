@@ -76,9 +76,14 @@ def attend_cache(
   turns: Turns,
 ) -> jax.Array:
   """A few queries to a cache of rotated keys: XLA splits it as any matmul."""
-  name = 'reference' if config.attention == 'reference' else 'chunked'
+  name = cache_name(config)
   kernel = Kernel(name, config.attention_block, head_size, interpret=False)
   return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
+
+
+def cache_name(config: ModelConfig) -> str:
+  """Of what attends to a cache: for a few queries no kernel is worth it."""
+  return 'reference' if config.attention == 'reference' else 'chunked'
 
 
 def row_major(x: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -156,6 +161,13 @@ def choose(config: ModelConfig, mesh: AbstractMesh, head_size: int) -> Kernel:
     dtype=config.dtype,
     head_size=head_size,
   )
+
+
+def names(config: ModelConfig, mesh: AbstractMesh) -> list[str]:
+  """Of the kernels of cross- and self-attention, each once."""
+  cross = config.embed_width // config.num_cross_heads
+  own = config.width // config.num_self_heads
+  return list(dict.fromkeys(choose(config, mesh, n).name for n in (cross, own)))
 
 
 def _map(

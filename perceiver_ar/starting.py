@@ -1,13 +1,17 @@
 """What a run begins with: what it says, its first state, its compiled step."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from perceiver_ar import (
   checkpoint,
+  distributed,
+  partitioning,
   replicas,
   sharded_attention,
   train_step,
@@ -16,7 +20,7 @@ from perceiver_ar import (
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
 from perceiver_ar.plan import plans
-from perceiver_ar.train_step import Batch, TrainState
+from perceiver_ar.train_step import Batch, Params, TrainState
 
 
 def announce(
@@ -25,26 +29,16 @@ def announce(
   abstract: TrainState,
   documents: pipeline.DocumentSource,
   first_step: int,
+  is_evaluation_owed: bool,
 ) -> None:
   """What runs where, in a few lines."""
   if jax.process_index():
     return
   num = sum(x.size for x in jax.tree.leaves(abstract.params))
-  device = mesh.devices.flat[0]
-  axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
-  model = config.model
-  sizes = (
-    model.embed_width // model.num_cross_heads,
-    model.width // model.num_self_heads,
-  )
-  kernels = dict.fromkeys(
-    sharded_attention.choose(model, mesh.abstract_mesh, size).name
-    for size in sizes
-  )
+  kernels = sharded_attention.names(config.model, mesh.abstract_mesh)
   print(
-    f'{mesh.size} x {device.device_kind}'
-    + (f' ({axes})' if axes else '')
-    + f'; {num:,} parameters; {", ".join(kernels)} attention, {model.dtype}'
+    f'{_devices(mesh)}; {num:,} parameters; {", ".join(kernels)} attention, '
+    f'{config.model.dtype}'
   )
   every = config.train.check_replicas_every
   if unseen := replicas.uncompared(abstract.params, every):
@@ -54,9 +48,45 @@ def announce(
     print(f'train data: {len(documents):,} documents, {tokens:,} tokens')
   num_steps = config.train.num_steps
   if first_step >= num_steps:
-    print(f'nothing to do: step {first_step} of {num_steps} is reached')
+    doing = 'the last evaluation' if is_evaluation_owed else 'nothing'
+    print(f'{doing} to do: step {first_step} of {num_steps} is reached')
   elif first_step:
     print(f'goes on from step {first_step} of {num_steps}')
+
+
+def _devices(mesh: Mesh) -> str:
+  axes = ', '.join(f'{n} {s}' for n, s in mesh.shape.items() if s > 1)
+  kind = mesh.devices.flat[0].device_kind
+  return f'{mesh.size} x {kind}' + (f' ({axes})' if axes else '')
+
+
+def restore_params(
+  config: Config, workdir_: epath.PathLike, step: int | None, *, samples: bool
+) -> tuple[Mesh, int, Params]:
+  """The job's mesh, and on it the parameters of a checkpoint, with its step.
+
+  Says what runs where.
+
+  Args:
+    config: of the run, with this command's changes.
+    workdir_: of the run.
+    step: as in `checkpoint.restore_params`.
+    samples: whether attention will be that to a cache.
+  """
+  distributed.barrier('restore')
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  workdir.keep_compiled(workdir_, mesh.devices.flat[0].platform)
+  abstract = train_step.abstract_params(config, mesh)
+  step, params = checkpoint.restore_params(
+    workdir_, abstract, step, config.checkpoint.max_host_gb
+  )
+  model = config.model
+  kernels = [sharded_attention.cache_name(model)] if samples else None
+  kernels = kernels or sharded_attention.names(model, mesh.abstract_mesh)
+  if jax.process_index() == 0:
+    line = f'{_devices(mesh)}; {", ".join(kernels)} attention, {model.dtype}'
+    print(line, file=sys.stderr)
+  return mesh, step, params
 
 
 def first_state(

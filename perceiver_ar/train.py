@@ -7,9 +7,7 @@ saw.
 """
 
 import contextlib
-import json
 import logging
-import math
 import signal
 import time
 from typing import Any
@@ -91,9 +89,11 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       trained_on = checkpoint.load_fingerprint(folder, first_step)
       where = checkpoint.step_folder(folder, first_step)
       workdir.check_data(where, trained_on, documents)
-    starting.announce(config, mesh, abstract, documents, first_step)
+    loop = _Loop(config, mesh, checkpoints, evaluator, watchdog)
+    is_owed = loop.owes_evaluation(folder, first_step)
+    starting.announce(config, mesh, abstract, documents, first_step, is_owed)
     status = 0
-    if first_step < config.train.num_steps:
+    if first_step < config.train.num_steps or is_owed:
       with distributed.first_process_first() as is_first:
         if is_first:
           workdir.begin(folder, config, documents)
@@ -101,7 +101,6 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
       state = restored[1] if restored else None
       if state is None:
         state = starting.first_state(config, mesh, documents)
-      loop = _Loop(config, mesh, checkpoints, evaluator, watchdog)
       status = loop.run(state, documents, first_step, folder)
   distributed.barrier('exit')
   return status
@@ -142,6 +141,20 @@ class _Loop:
     self._pending: tuple[int, Any, Any] | None = None
     self._skips = skipping.Skips()
     self._data_error: UserError | None = None
+    self._is_owed = False  # an evaluation, which a signal has ended
+
+  def owes_evaluation(self, folder: epath.PathLike, step: int) -> bool:
+    """Whether a signal had ended that of this step, saved without its loss."""
+    if self._evaluator is None or not step:
+      return False
+    known = metrics.evaluated(folder, step)
+    self._checkpoints.learn(known)
+    self._is_owed = self._is_evaluation(step) and step not in known
+    return self._is_owed
+
+  def _is_evaluation(self, step: int) -> bool:
+    every, last = self._config.evaluate.every, self._config.train.num_steps
+    return self._evaluator is not None and (step % every == 0 or step == last)
 
   def run(
     self,
@@ -164,8 +177,10 @@ class _Loop:
       ) as self._progress,
       contextlib.ExitStack() as listening,
     ):
-      if first_step and self._evaluator is not None:
-        self._make_up(self._evaluator, first_step, state)
+      if self._is_owed:
+        loss = self._evaluate(first_step, state)
+        self._checkpoints.learn({first_step: loss})
+      step = first_step - 1
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
       for step in range(first_step, num_steps):
@@ -225,16 +240,13 @@ class _Loop:
     is_last = step == config.train.num_steps or self._stopping != 0
     is_regular = step % config.checkpoint.save_every == 0
     is_save = is_regular or is_last or self._save_soon
-    every = config.evaluate.every
-    is_evaluation = self._evaluator is not None and (
-      step % every == 0 or step == config.train.num_steps
-    )
+    is_evaluation = self._is_evaluation(step)
     if not (is_save or is_evaluation):
       return False
     self._record()
     loss = None
-    if is_evaluation and self._evaluator is not None:
-      loss = self._evaluate(self._evaluator, step, state)
+    if is_evaluation:
+      loss = self._evaluate(step, state)
     # What was pending may have brought a signal, or the evaluation.
     is_last = is_last or self._stopping != 0
     if is_save or is_last:
@@ -254,46 +266,26 @@ class _Loop:
     self._blocked = 0.0
     return is_last
 
-  def _evaluate(
-    self, evaluator: Evaluator, step: int, state: TrainState
-  ) -> float | None:
-    """The loss; None if a signal came: whoever goes on from `step` begins it.
-
-    The last evaluation is made to its end, as nobody goes on from there.
-    """
+  def _evaluate(self, step: int, state: TrainState) -> float | None:
+    """The loss; None if a signal came: whoever goes on makes it again."""
+    assert self._evaluator is not None
     doing = 'evaluation', f'the evaluation of step {step}'
-    is_last = step == self._config.train.num_steps
 
     def asked() -> int:
       self._watchdog.watch(*doing)
-      return 0 if is_last else self._stop.signal or 0
+      return self._stop.signal or 0
 
     self._watchdog.begin(*doing)
     distributed.barrier('evaluation')
     try:
-      report = evaluator.run(state.params, visible=False, asked=asked)
+      report = self._evaluator.run(state.params, visible=False, asked=asked)
     except Interrupted as interrupted:
-      self._stopping = interrupted.signal
+      self._stopping, self._is_owed = interrupted.signal, True
       return None
+    self._is_owed = False
     self._writer.write(step, metrics.scalars(report))
     journal.event('evaluation', step=step, seconds=journal.taken())
     return report['nats_per_token']
-
-  def _make_up(
-    self, evaluator: Evaluator, step: int, state: TrainState
-  ) -> None:
-    """Makes the evaluation that a signal had ended.
-
-    The checkpoint of that step was saved without its loss.
-    """
-    said = json.dumps(list(self._writer.evaluated.items()))
-    known = dict(json.loads(distributed.exchange('evaluations', said)[0]))
-    if step % self._config.evaluate.every == 0 and step not in known:
-      loss = self._evaluate(evaluator, step, state)
-      known |= {} if loss is None else {step: loss}
-    self._checkpoints.losses.update(
-      {at: loss for at, loss in known.items() if math.isfinite(loss)}
-    )
 
   def _finish_save(self) -> None:
     """Waits until the last one is written, which takes storage its time."""
@@ -374,13 +366,20 @@ class _Loop:
     )
 
   def _end(self, step: int) -> int:
-    if self._stopping and step < self._config.train.num_steps:
+    is_over = step == self._config.train.num_steps and not self._is_owed
+    if self._stopping and not is_over:
       name = signal.Signals(self._stopping).name
       _say(f'{name}: step {step} is saved; run again to go on')
       asked = self._stopping == signal.SIGINT  # by a person, who restarts it
       status = 128 + signal.SIGINT if asked else RESTART
       journal.end(name, status)
       return status
+    if self._rows:
+      self._tell_speed(step)
+    journal.end('done', 0)
+    return 0
+
+  def _tell_speed(self, step: int) -> None:
     rows = [row for row in self._rows if row['seconds']]
     speed = metrics.summarise(rows)['seconds_per_step']
     rate = flops.matmul_rate(self._config.model.dtype, 2048)
@@ -391,8 +390,6 @@ class _Loop:
       f'trained to step {step}; the last steps took {speed:.3g} s each, '
       f'{share:.0%} of the matmul rate ({rate / 1e9:,.0f} GFLOP/s a device)'
     )
-    journal.end('done', 0)
-    return 0
 
 
 def _say(line: str) -> None:

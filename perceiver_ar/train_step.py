@@ -249,6 +249,8 @@ def accumulate(
 ) -> tuple[Params, Sums]:
   """Gradients, in float32, and sums over all microbatches.
 
+  A microbatch's are of the type of compute until they are whole.
+
   Over mesh axes on which parameters are whole, gradients are added up when all
   microbatches are done: once a step they cross, for one, the slow network
   between slices. Over an axis that splits parameters every microbatch's are,

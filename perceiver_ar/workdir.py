@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from perceiver_ar import config as config_lib
-from perceiver_ar import distributed, paths
+from perceiver_ar import distributed, paths, software
 from perceiver_ar.config import Config
 from perceiver_ar.data import codecs, layouts, stated, tokens
 from perceiver_ar.errors import UserError
@@ -58,7 +58,10 @@ def check(workdir: Path, config: Config, data: DataSet) -> None:
   if (folder / 'config.json').exists():
     check_config(workdir, config_lib.resolve(read_config(workdir)), config)
   if (folder / 'dataset.json').exists():
-    check_data(folder, read_trained(workdir).fingerprint, data)
+    # Not what `vocabulary/` holds: a crash may have cut it, and the data set
+    # has it whole.
+    check_data(folder, _read_data(folder).fingerprint, data)
+    check_vocabulary(workdir, data)
 
 
 def check_config(workdir: Path, old: Config, new: Config) -> None:
@@ -79,7 +82,7 @@ def begin(workdir: Path, config: Config, data: DataSet) -> None:
   check(workdir, config, data)
   folder = epath.Path(workdir)
   _write_dataset(folder, data)
-  _write(folder / 'config.json', config.to_json())
+  paths.write_whole(folder / 'config.json', config.to_json().encode())
 
 
 def agree(config: Config, data: DataSet, **extra: str) -> None:
@@ -93,7 +96,7 @@ def agree(config: Config, data: DataSet, **extra: str) -> None:
   Raises:
     UserError: one of them has not; it is named, with what differs.
   """
-  facts = distributed.software() | {'data set': data.fingerprint[:16]}
+  facts = software.facts() | {'data set': data.fingerprint[:16]}
   for section, values in dataclasses.asdict(config).items():
     facts |= {f'{section}.{k}': repr(v) for k, v in values.items()}
   del facts['data.path']  # hosts may have the same data in other places
@@ -143,13 +146,15 @@ def check_data(where: Path, fingerprint: str, data: DataSet) -> None:
 
 def check_vocabulary(workdir: Path, data: DataSet) -> None:
   """For evaluation on other data, which must still mean the same by an id."""
-  old, new = read_trained(workdir).codec, data.codec
+  folder = epath.Path(workdir)
+  said = _read_data(folder).vocabulary
+  old = tokens.read_vocabulary(said, str(folder / 'dataset.json'))
+  new = tokens.vocabulary(data.codec)
   if old.sha256 != new.sha256:
     raise UserError(
-      f'{epath.Path(workdir)} was trained with vocabulary {old.kind} '
-      f'{old.vocab_size} ({old.sha256[:12]}), and the data set has {new.kind} '
-      f'{new.vocab_size} ({new.sha256[:12]}); prepare the data with the '
-      "model's vocabulary"
+      f'{folder} was trained with vocabulary {old.kind} {old.size} '
+      f'({old.sha256[:12]}), and the data set has {new.kind} {new.size} '
+      f"({new.sha256[:12]}); prepare the data with the model's vocabulary"
     )
 
 
@@ -160,13 +165,17 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def read_trained(workdir: Path) -> Trained:
   folder = epath.Path(workdir)
-  raw = _read(folder / 'dataset.json')
-  where = str(folder / 'dataset.json')
-  said = stated.read(_Data, raw, where, 'restore it from a copy')
+  said = _read_data(folder)
   fingerprint, layout = said.fingerprint, layouts.validated(said.positions)
+  where = str(folder / 'dataset.json')
   vocabulary = tokens.read_vocabulary(said.vocabulary, where)
   codec = codecs.open_codec(vocabulary, layout, folder / 'vocabulary')
   return Trained(fingerprint=fingerprint, codec=codec, layout=layout)
+
+
+def _read_data(folder: epath.Path) -> _Data:
+  path = folder / 'dataset.json'
+  return stated.read(_Data, _read(path), str(path), 'restore it from a copy')
 
 
 def _write_dataset(folder: epath.Path, data: DataSet) -> None:
@@ -177,15 +186,7 @@ def _write_dataset(folder: epath.Path, data: DataSet) -> None:
     'positions': data.layout,
   }
   content = json.dumps(about, default=np.ndarray.tolist)
-  _write(folder / 'dataset.json', content + '\n')
-
-
-def _write(path: epath.Path, content: str) -> None:
-  """All or nothing, even if the process dies while it writes."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'{path.name}.tmp'
-  temporary.write_text(content)
-  temporary.replace(path)
+  paths.write_whole(folder / 'dataset.json', f'{content}\n'.encode())
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

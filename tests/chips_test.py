@@ -17,5 +17,15 @@ def test_figures_are_of_one_device_and_plausible(name):
   assert chip.num_dims == (2 if name in ('v5e', 'v6e') else 3)
 
 
+@pytest.mark.parametrize(
+  ('name', 'stated'),
+  [('v5e', 400e9), ('v5p', 1200e9), ('v6e', 800e9), ('7x', 1200e9)],
+)
+def test_devices_share_what_the_ports_of_a_chip_carry_both_ways(name, stated):
+  chip = chips.find_chip(name)
+  total = 2 * chip.num_links * chip.devices * chip.link_bandwidth
+  assert total == pytest.approx(stated)
+
+
 def test_chips_are_found_by_the_compiler_s_names_too():
   assert chips.find_chip('tpu7x') is chips.find_chip('7x')

@@ -224,19 +224,6 @@ def test_the_odd_process_is_named_with_what_differs(monkeypatch):
   assert 'process 1 (b)' in distributed._odd_one([usual, odd])
 
 
-def test_software_knows_our_own_code(monkeypatch, tmp_path):
-  before = distributed.software()
-  # Our own, what we need, and what that needs; not what tests need.
-  assert {'perceiver-ar', 'jax', 'jaxlib', 'scipy', 'ml-dtypes'} <= {*before}
-  assert 'pytest' not in before
-  assert len(before['code']) == 16
-  (tmp_path / 'x.py').write_text('')
-  monkeypatch.setattr(distributed, '__file__', str(tmp_path / 'y.py'))
-  empty = distributed.software()['code']
-  (tmp_path / 'x.py').write_text('pass')
-  assert len({before['code'], empty, distributed.software()['code']}) == 3
-
-
 def test_alone_nothing_is_waited_for():
   distributed.barrier('anything')
   distributed.agree({'a': 'b'})

@@ -7,11 +7,20 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
-from perceiver_ar import checkpoint
+from perceiver_ar import checkpoint, saved_step
 from perceiver_ar.drill import drills, faults
 from perceiver_ar.drill.faults import Fault
-from perceiver_ar.drill.scene import NUM_STEPS, SAVE_EVERY, Failed, Trace
+from perceiver_ar.drill.scene import (
+  NUM_STEPS,
+  SAVE_EVERY,
+  Failed,
+  Job,
+  Scene,
+  Trace,
+)
+from perceiver_ar.errors import UserError
 from perceiver_ar.main import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,6 +94,68 @@ def test_a_mistake_is_a_sentence(words, match, capsys):
   assert match in capsys.readouterr().err
 
 
+def _finish(scene):
+  scene.finish()
+
+
+def _raises(error):
+  def play(scene):
+    raise error
+
+  return play
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+  """No process is started; the names of the scenes that were begun."""
+  begun = []
+
+  def scene(self, name):
+    begun.append(name)
+    return Scene(self.folder / name, 1, [], [])
+
+  monkeypatch.setattr(drills.tempfile, 'mkdtemp', lambda **_: str(tmp_path))
+  monkeypatch.setattr(drills.Drills, 'scene', scene)
+  monkeypatch.setattr(Scene, 'resume', lambda *_, **__: Job([], []))
+  monkeypatch.setattr(Scene, '_trace', lambda _: _TRACE)
+  return begun
+
+
+def test_what_a_fault_raises_is_its_verdict_and_the_others_are_played(
+  pretended, tmp_path
+):
+  errors = [
+    saved_step.Damaged(epath.Path('checkpoints/8'), 'cut short'),
+    UserError('metrics.jsonl line 2 is not JSON'),
+    Failed('process 1 ended with status 0'),
+    FileNotFoundError(2, 'No such file', 'away'),
+  ]
+  played = [Fault(f'{i}', '', _raises(x)) for i, x in enumerate(errors)]
+  played.append(Fault('sound', '', _finish))
+  *failed, sound = drills.run(played, 1)
+  assert (sound.verdict, sound.said) == ('passed', '')
+  for fault, error, verdict in zip(played[:4], errors, failed, strict=True):
+    assert verdict.verdict == 'failed'
+    assert str(error) in verdict.said
+    assert verdict.said.endswith(f'; see {tmp_path / fault.name}')
+  assert failed[3].said.startswith('FileNotFoundError: ')
+
+
+def test_an_undisturbed_run_that_fails_is_made_once_and_told_to_all(
+  pretended, monkeypatch, tmp_path
+):
+  folder = epath.Path('checkpoints/8')
+  broken = _raises(saved_step.Damaged(folder, 'cut short'))
+  monkeypatch.setattr(Scene, '_trace', broken)
+  verdicts = drills.run([_EXACT] * 3, 1)
+  assert pretended == ['undisturbed']
+  said = (
+    'undisturbed, it fails: checkpoint checkpoints/8 is damaged: cut short; '
+    f'see {tmp_path / "undisturbed"}'
+  )
+  assert [(v.verdict, v.said) for v in verdicts] == [('failed', said)] * 3
+
+
 @pytest.fixture(scope='module')
 def jobs_of():
   """Drills for so many processes; undisturbed runs are made once."""
@@ -121,7 +192,7 @@ def test_every_drill_passes(num_processes, tmp_path):
   ('name', 'removed'),
   [
     ('kill-step', 'keeps_rows_that_come_again'),
-    ('kill-save', 'forgets_what_was_saved'),
+    ('kill-save', 'writes_where_it_is_read'),
     ('kill-restore', 'forgets_what_was_saved'),
     ('sigterm', 'knows_no_signals'),
     ('hang', 'never_looks_up'),

@@ -1,6 +1,7 @@
 """Costs from the config are those that XLA counts in the program."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -69,6 +70,26 @@ def test_a_forward_pass_costs_what_xla_counts(changes):
 def test_a_training_step_costs_what_xla_counts():
   expected = flops.train_flops(_WIDE)
   assert counted(_WIDE, of_gradient=True) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_drawn_token_attends_to_whole_caches():
+  M, L, D, E = 1024, 3, 256, 320
+  step = functools.partial(flops.decode_flops, _WIDE, num_new=1)
+  costs = [
+    step(context_length=M + more, num_latents=384 + rows)
+    for more, rows in ((0, 0), (1, 0), (0, 1))
+  ]
+  # Scores and weighted sums of a row more.
+  assert costs[1] - costs[0] == 4 * E
+  assert costs[2] - costs[0] == L * 4 * D
+
+
+def test_latents_made_anew_are_a_forward_pass_without_its_inputs():
+  M, N, D, V = 1024, 384, 256, 300
+  refill = flops.decode_flops(_WIDE, context_length=M, num_latents=N, num_new=N)
+  whole = flops.forward_flops(_WIDE, context_length=M, num_latents=N)
+  inputs = flops.projection_flops(_WIDE, M - 1)
+  assert whole - refill == inputs + 2 * (N - 1) * D * V
 
 
 def test_inputs_that_are_not_kept_cost_nothing():

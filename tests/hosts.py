@@ -1,12 +1,14 @@
 """Jobs of several real processes on loopback."""
 
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What one process has compiled, for all; it goes with this process.
@@ -33,10 +35,11 @@ def start_process(
   *,
   devices: int = 1,
   late_at: str = '',
+  faults: Mapping[str, Any] | None = None,
   code: pathlib.Path = ROOT,
 ) -> 'subprocess.Popen[str]':
-  """`perceiver-ar WORDS`, or one that hangs before a barrier."""
-  start = ['-m', 'perceiver_ar.drill.victim', '{}']  # without a fault
+  """`perceiver-ar WORDS`, or one that hangs before a barrier, or worse."""
+  start = ['-m', 'perceiver_ar.drill.victim', json.dumps(faults or {})]
   if late_at:
     start = ['-c', _LATE, late_at]
   return subprocess.Popen(
@@ -60,6 +63,7 @@ def start_job(
   processes: int,
   devices: int = 1,
   late: tuple[int, str] = (-1, ''),
+  faults: Mapping[int, Mapping[str, Any]] | None = None,
   extra: Sequence[Sequence[str]] = (),
   code: Sequence[pathlib.Path] = (),
 ) -> 'list[subprocess.Popen[str]]':
@@ -70,6 +74,7 @@ def start_job(
     processes: of the job.
     devices: of each.
     late: a process and the barrier that it never reaches.
+    faults: of `perceiver_ar.drill.victim`, by process.
     extra: words for each process alone.
     code: the folder that each has its packages from, before all others.
   """
@@ -80,6 +85,7 @@ def start_job(
       [*words, *place, f'--process_id={p}', *(extra[p] if extra else ())],
       devices=devices,
       late_at=late[1] if p == late[0] else '',
+      faults=(faults or {}).get(p),
       code=code[p] if code else ROOT,
     )
     for p in range(processes)

@@ -266,6 +266,26 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('process', [0, 1])
+def test_a_save_that_fails_on_one_host_ends_all_before_the_next(
+  tmp_path, process
+):
+  faults = {p: {'pace': 0.1} for p in range(2)}
+  faults[process]['fail_in_save'] = 2
+  job = train(tmp_path, processes=2, faults=faults)
+  ended = ends(job)
+  status, said = ended[process]
+  assert status == 1, ended
+  assert 'a checkpoint could not be written' in said
+  assert 'Input/output error' in said
+  assert 'Traceback' not in said
+  # With process 0 goes the service of JAX, which ends whoever is in a step.
+  assert ended[1 - process][0] in ((75, -signal.SIGABRT), (75,))[process], ended
+  assert checkpoint.saved_steps(tmp_path) == [20]
+  assert 40 <= len([r for r in rows(tmp_path) if 'loss' in r]) < 60
+
+
+@pytest.mark.slow
 def test_all_agree_on_what_is_damaged(tmp_path):
   words = ['--config.train.num_steps=4', '--config.checkpoint.save_every=2']
   words.append('--config.checkpoint.keep_latest=2')

@@ -14,11 +14,11 @@ _PACKAGE = _ROOT / 'perceiver_ar'
 _LAYERS = [
   'errors',
   'ops data config config_checks config_files flags progress distributed chips '
-  'roll_call places paths lines journal host_memory outputs',
+  'roll_call software places paths lines journal host_memory outputs',
   'models sharded_attention partitioning mesh_checks optimizer losses metrics '
   'flops checksums workdir host_reports stopping skipping '
   'preservation',
-  'replicas train_step saved_step checkpoint inspection evaluate sample '
+  'replicas train_step saved_step saving checkpoint inspection evaluate sample '
   'drawn artifacts',
   'prefetch starting train replay plan report watchdog',
   'main',
@@ -32,7 +32,7 @@ _ALSO = {
   ('distributed', 'roll_call'),
   ('lines', 'paths'),
   ('journal', 'config'),
-  ('journal', 'distributed'),
+  ('journal', 'software'),
   ('journal', 'lines'),
   ('data', 'paths'),
   ('config', 'config_checks'),
@@ -49,6 +49,7 @@ _ALSO = {
   ('replay', 'starting'),
   ('train', 'watchdog'),
   ('checkpoint', 'saved_step'),
+  ('checkpoint', 'saving'),
   ('evaluate', 'train_step'),  # the shift of targets
   ('sample', 'train_step'),  # what parameters are
   ('artifacts', 'sample'),

@@ -153,20 +153,31 @@ def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
       raise UserError('the reason')
 
 
-def test_seconds_are_told_every_minute_of_steps(tmp_path, monkeypatch):
+def test_seconds_are_told_while_something_takes_long(tmp_path, monkeypatch):
   now = [1000.0]
   monkeypatch.setattr(journal.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(journal, '_EVERY_SECONDS', 0.01)
+
+  def told():
+    return of('seconds', journal.read(tmp_path))
+
   with journal.kept(tmp_path, 0):
     journal.start(make_config({}), _MESH, 0)
-    for step in range(100):
+    for _ in range(100):
       journal.begin('step')
       now[0] += 1
-      if step == 50:
-        journal.spent('data', 0.25)
-        assert journal.taken() == 0.75
-  told = of('seconds', journal.read(tmp_path))
-  assert [row['step'] for row in told] == [0.0, 60.75]
-  assert told[1]['data'] == 0.25
+    journal.spent('data', 0.25)
+    assert journal.taken() == 0.75
+    journal.begin('evaluation')
+    now[0] += 600
+    for _ in range(1000):
+      if told() and told()[-1].get('evaluation') == 600:
+        break
+      time.sleep(0.01)
+    before = told()[-1]
+  assert before['step'] == 99.75
+  assert before['data'] == 0.25
+  assert before['evaluation'] == 600
 
 
 def test_a_bucket_has_the_start_at_once_and_the_rest_with_the_metrics(

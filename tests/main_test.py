@@ -17,6 +17,8 @@ __all__ = ['compiled_once']
 # ml_collections loads config files in a way that Python will drop.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
+# What commands on a checkpoint say that they run on.
+_DEVICES = '8 x cpu (data 8); chunked attention, float32\n'
 COMMANDS = {
   'train': ('--config', '--workdir', '--debug', '--coordinator'),
   'evaluate': [
@@ -139,7 +141,9 @@ def test_training_refuses_in_one_sentence(name, tmp_path, capsys):
 
 def assert_one_sentence(capsys, named):
   out, err = capsys.readouterr()
-  err = err.removeprefix('alone: 1 process\n')  # its place, where it got so far
+  # Its place and what it runs on, where it got so far.
+  err = err.removeprefix('alone: 1 process\n')
+  err = err.removeprefix(_DEVICES)
   assert err.count('\n') == 1, err
   assert err.startswith('perceiver-ar')
   assert 'Traceback' not in err
@@ -244,7 +248,9 @@ def test_evaluation_and_samples_come_as_json_too(copied, tmp_path, capsys):
   where = f'--workdir={copied}'
   assert run('evaluate', where, f'--output={output}', *words) == 0
   report = json.loads(output.read_text())
-  assert json.loads(capsys.readouterr().out) == report
+  said = capsys.readouterr()
+  assert json.loads(said.out) == report
+  assert _DEVICES in said.err
   assert json.loads((copied / 'evaluation.json').read_text()) == report
   assert report['num_tokens'] == 5 * 31
   assert (report['step'], report['num_latents']) == (8, 20)
@@ -254,6 +260,7 @@ def test_evaluation_and_samples_come_as_json_too(copied, tmp_path, capsys):
   prompt.write_text('5 6 7')
   words += (f'--prompt={prompt}', f'--output={output}')
   assert run('sample', where, *words) == 0
+  assert _DEVICES in capsys.readouterr().err
   report = json.loads(output.read_text())
   assert json.loads((copied / 'samples/samples.json').read_text()) == report
   assert (report['step'], report['prompts'][0]['num_tokens']) == (4, 3)

@@ -3,8 +3,11 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -181,17 +184,66 @@ def test_the_summary_weighs_losses_by_their_targets():
   assert math.isnan(metrics.summarise(empty)['loss'])
 
 
-def test_a_failure_of_tensorboard_is_raised_by_a_later_call(
-  tmp_path, monkeypatch
-):
-  def fail(*args, **kwargs):
-    raise OSError('disk full')
+def within(seconds, act):
+  thread = threading.Thread(target=act, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  assert not thread.is_alive(), 'it blocks'
 
-  out = writer(tmp_path)
-  monkeypatch.setattr(tensorboardX.SummaryWriter, 'add_scalar', fail)
-  out.write(0, {'loss': 1.0})
-  with pytest.raises(Exception, match='disk full'):
+
+def full(*_):
+  raise OSError(28, 'No space left on device')
+
+
+@pytest.mark.parametrize('in_bucket', [False, True])
+@pytest.mark.parametrize('failing', ['write', 'flush', 'close', 'folder'])
+def test_charts_that_cannot_be_written_are_given_up_with_a_warning(
+  tmp_path, monkeypatch, caplog, failing, in_bucket
+):
+  monkeypatch.setattr(paths, 'is_bucket', lambda path: in_bucket)
+  if failing == 'folder':
+    (tmp_path / 'tensorboard').write_text('')
+  act = getattr(tensorboardX.RecordWriter, failing, full)
+
+  def act_and_fail(*args):
+    act(*args)
+    full()
+
+  def go_on():
+    out = writer(tmp_path)
+    out.write(0, {'loss': 1.0})
+    if failing != 'folder':
+      monkeypatch.setattr(tensorboardX.RecordWriter, failing, act_and_fail)
+    for step in range(1, 51):
+      out.write(step, {'loss': 1.0})
+    out.sync()
     out.close()
+
+  within(20, go_on)
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert f'{tmp_path}/tensorboard cannot be written (' in said
+  assert re.search(r'charts end about step \d+; metrics.jsonl goes on', said)
+  assert failing == 'folder' or 'No space left on device' in said
+  assert len(lines(tmp_path)) == 51
+
+
+def test_people_see_a_step_before_the_run_ends(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, '_FLUSH_SECONDS', 0.0)
+  with writer(tmp_path) as out:
+    out.write(0, {'loss': 1.5})
+    end = time.monotonic() + 20
+    while not events(tmp_path) and time.monotonic() < end:
+      time.sleep(0.01)
+    assert events(tmp_path) == [(0, 'train/loss', 1.5)]
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+  with pytest.raises(UserError, match='the reason'), writer(tmp_path) as out:
+    out.write(0, {'loss': 1.0})
+    monkeypatch.setattr(lines_lib.os, 'fsync', full)  # of all files
+    raise UserError('the reason')
+  with pytest.raises(SaveError, match=r'metrics\.jsonl'), writer(tmp_path):
+    pass
 
 
 def test_neither_reading_nor_writing_needs_tensorflow(tmp_path):
@@ -241,9 +293,6 @@ def test_what_is_synced_outlives_the_machine(tmp_path, monkeypatch):
   assert not synced
   file.sync()
   assert len(synced) == 1
-
-  def full(number):
-    raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(lines_lib.os, 'fsync', full)
   with pytest.raises(SaveError, match=r'x\.jsonl cannot be written'):

@@ -101,7 +101,10 @@ def test_rules_that_do_not_exist_are_refused():
     ),
     (
       *((2**12 + 1, 2**12), ('vocab', 'kv'), {}),
-      ('left whole on every device; use a mesh that',),
+      (
+        'left whole on every device; use a mesh that',
+        'mesh.rules=replicated if that is meant',
+      ),
     ),
   ],
 )
@@ -118,6 +121,20 @@ def test_large_parameters_may_stay_whole_where_nothing_is_sharded():
   assert _sharding(shape, axes, rules='replicated') == PartitionSpec(None, None)
   one = _mesh(num_devices=1)
   assert _sharding(shape, axes, mesh=one) == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'remedy'),
+  [
+    ({'data': 1, 'context': 8}, 'use mesh.rules=context, a mesh that'),
+    ({'data': 1, 'slices': 8}, 'use a mesh that'),
+  ],
+)
+def test_nor_may_they_where_the_axes_of_the_rules_have_one_part(sizes, remedy):
+  mesh = _mesh(**sizes)
+  with pytest.raises(UserError) as error:
+    _sharding((2**12, 2**12), ('embed', 'kv'), mesh=mesh, rules='fsdp')
+  _is_one_sentence(error, 'left whole on every device', remedy)
 
 
 def test_an_axis_over_two_mesh_axes_divides_by_both():
@@ -219,3 +236,19 @@ def test_constraints_without_a_rule_raise_instead_of_replicating():
 
   with pytest.raises(Exception, match='colour'):
     jax.jit(run)(jnp.ones((8, 2)))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'names'),
+  [
+    ({'model.vocab_size': 259}, ("'vocab'", '259', 'change the size')),
+    ({'model.width': 18}, ("'embed'", '18', 'data')),
+  ],
+)
+def test_a_model_that_an_axis_does_not_divide_is_refused(changes, names):
+  rules = {'mesh.rules': 'fsdp_tensor_vocab', 'mesh.data': 4, 'mesh.model': 2}
+  config = make_config(rules | changes)
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  with pytest.raises(UserError) as error:
+    train_step.abstract_state(config, mesh)
+  _is_one_sentence(error, *names)

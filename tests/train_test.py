@@ -36,7 +36,6 @@ from perceiver_ar import (
   journal,
   metrics,
   partitioning,
-  preservation,
   skipping,
   starting,
   train,
@@ -176,33 +175,41 @@ def test_the_watchdog_learns_of_saves_what_they_take(tmp_path, monkeypatch):
   assert kinds['write'] >= 3
 
 
+@pytest.mark.parametrize('step', [3, 6])
 def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, step, capsys
 ):
   config = copy_config(evaluate__batch_size=2)
   train.train_and_evaluate(config, tmp_path / 'whole')
-  make, batches = evaluate.Evaluator._batch, []
+  make, run = evaluate.Evaluator._batch, evaluate.Evaluator.run
+  evaluations, batches = [], []
+
+  def counted(self, *args, **kwargs):
+    evaluations.append(3 * len(evaluations) + 3)
+    return run(self, *args, **kwargs)
 
   def batch(self, blocks):
-    batches.append(len(blocks))
-    os.kill(os.getpid(), signal.SIGTERM)
+    if evaluations[-1] == step:
+      batches.append(len(blocks))
+      os.kill(os.getpid(), signal.SIGTERM)
     return make(self, blocks)
 
   with monkeypatch.context() as patch:
+    patch.setattr(evaluate.Evaluator, 'run', counted)
     patch.setattr(evaluate.Evaluator, '_batch', batch)
     assert train.train_and_evaluate(config, tmp_path / 'run') == RESTART
   assert 1 <= len(batches) <= 2
-  # The one of step 3, at which nothing is saved otherwise.
-  assert checkpoint.saved_steps(tmp_path / 'run')[-1] == 3
-  assert not any('split' in row for row in rows(tmp_path / 'run'))
-  known = []
-
-  def kept(self, *args, **kwargs):
-    known.append(dict(self.losses))
-    return should_preserve(self, *args, **kwargs)
-
-  should_preserve = preservation.Preservation.should_preserve
-  monkeypatch.setattr(preservation.Preservation, 'should_preserve', kept)
+  # At step 3 nothing is saved otherwise.
+  assert checkpoint.saved_steps(tmp_path / 'run')[-1] == step
+  assert f'SIGTERM: step {step} is saved' in capsys.readouterr().out
+  evaluated = [row['step'] for row in rows(tmp_path / 'run') if 'split' in row]
+  assert evaluated == [x for x in (3, 6) if x < step]
+  learn, known = checkpoint.Checkpoints.learn, {}
+  monkeypatch.setattr(
+    checkpoint.Checkpoints,
+    'learn',
+    lambda self, losses: (known.update(losses), learn(self, losses)),
+  )
   assert train.train_and_evaluate(config, tmp_path / 'run') == 0
   assert_same_run(tmp_path / 'run', tmp_path / 'whole', config)
   losses = {
@@ -210,7 +217,9 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
     for row in rows(tmp_path / 'whole')
     if 'split' in row
   }
-  assert known[-1] == losses  # though step 3 was saved without it
+  assert known == {at: x for at, x in losses.items() if at <= step}
+  assert train.train_and_evaluate(config, tmp_path / 'run') == 0
+  assert 'nothing to do: step 6 of 6' in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

@@ -8,6 +8,7 @@ import json
 import sys
 
 import jax.numpy as jnp
+from orbax.checkpoint._src.path import atomicity
 
 from perceiver_ar import (
   checkpoint,
@@ -36,6 +37,11 @@ def forgets_what_was_saved():
 
 def keeps_rows_that_come_again():
   metrics._kept = lambda rows, _: list(rows)
+
+
+def writes_where_it_is_read():
+  """A checkpoint has its name before it is complete."""
+  _replace(atomicity, '_get_tmp_directory', lambda final: final)
 
 
 def knows_no_signals():

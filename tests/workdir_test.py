@@ -1,6 +1,7 @@
 """A workdir can be copied without its data, and never changes its run."""
 
 import json
+import os
 import shutil
 import types
 
@@ -98,6 +99,66 @@ def test_another_vocabulary_is_refused(tmp_path, subwords):
   workdir.check_vocabulary(tmp_path, elsewhere)  # other data, the same ids
   with pytest.raises(UserError, match=r'bytes 259 .* sentencepiece 272'):
     workdir.check_vocabulary(tmp_path, DataSet(subwords, layouts.INDEX))
+
+
+@pytest.mark.parametrize('left', [0.0, 0.5, None])
+def test_a_vocabulary_that_a_crash_has_cut_is_healed(tmp_path, subwords, left):
+  data = DataSet(subwords, layouts.INDEX)
+  workdir.begin(tmp_path, copy_config(), data)
+  file = tmp_path / 'vocabulary' / subwords.file
+  file.unlink()
+  if left is not None:
+    file.write_bytes(subwords.model[: int(left * len(subwords.model))])
+  workdir.check(tmp_path, copy_config(), data)  # of all processes
+  workdir.begin(tmp_path, copy_config(), data)
+  assert workdir.read_trained(tmp_path).codec.sha256 == subwords.sha256
+  assert not list(tmp_path.rglob('*.tmp'))
+
+
+@pytest.mark.parametrize(
+  ('fingerprint', 'named'),
+  [
+    ('ab' * 32, r'trained with vocabulary sentencepiece 272 .* bytes 259'),
+    ('cd' * 32, 'abababababab, and data.path holds cdcdcdcdcdcd'),
+  ],
+)
+def test_another_vocabulary_heals_nothing(
+  tmp_path, subwords, fingerprint, named
+):
+  workdir.begin(tmp_path, copy_config(), DataSet(subwords, layouts.INDEX))
+  (tmp_path / 'vocabulary' / subwords.file).write_bytes(b'')
+  before = contents(tmp_path)
+  other = DataSet(text.ByteCodec(), layouts.INDEX, fingerprint)
+  with pytest.raises(UserError, match=named):
+    workdir.begin(tmp_path, copy_config(), other)
+  assert contents(tmp_path) == before
+
+
+def test_a_vocabulary_that_is_there_is_not_written_again(tmp_path, subwords):
+  data = DataSet(subwords, layouts.INDEX)
+  workdir.begin(tmp_path, copy_config(), data)
+  file = tmp_path / 'vocabulary' / subwords.file
+  os.utime(file, ns=(0, 0))
+  before = file.stat()
+  workdir.begin(tmp_path, copy_config(), data)
+  after = file.stat()
+  assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, 0)
+
+
+def test_a_disk_that_is_full_leaves_whole_files(
+  tmp_path, subwords, monkeypatch
+):
+  def full(number):
+    raise OSError(28, 'No space left on device')
+
+  data = DataSet(subwords, layouts.INDEX)
+  workdir.begin(tmp_path / 'old', copy_config(), data)
+  before = contents(tmp_path)
+  monkeypatch.setattr(os, 'fsync', full)
+  for name in ('old', 'new'):
+    with pytest.raises(OSError, match='No space'):
+      workdir.begin(tmp_path / name, copy_config(train__num_steps=99), data)
+  assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize('name', ['config.json', 'dataset.json'])

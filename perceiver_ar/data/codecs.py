@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from perceiver_ar import paths
 from perceiver_ar.data import image, music, text, tokens
 from perceiver_ar.errors import UserError
 
@@ -46,11 +47,11 @@ def open_codec(
 def save_codec(
   codec: tokens.Codec, folder: epath.PathLike
 ) -> tokens.Vocabulary:
-  """Writes what `open_codec` needs to open it again."""
+  """Writes what `open_codec` needs to open it again, if it is not there."""
   if codec.file:
-    target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / codec.file).write_bytes(codec.model)
+    target = epath.Path(folder) / codec.file
+    if not (target.exists() and target.read_bytes() == codec.model):
+      paths.write_whole(target, codec.model)
   return tokens.vocabulary(codec)
 
 

@@ -79,7 +79,7 @@ class Drills:
     self.num_processes = num_processes
     self.program: Sequence[str] = _VICTIM
     self.folder = Path(tempfile.mkdtemp(prefix='perceiver-ar-drill-'))
-    self._undisturbed: dict[tuple[int, ...], Trace] = {}
+    self._undisturbed: dict[tuple[int, ...], Trace | Failed] = {}
     self._lock = threading.Lock()
 
   def scene(self, name: str) -> Scene:
@@ -97,15 +97,30 @@ class Drills:
     return scene
 
   def undisturbed(self, without: tuple[int, ...] = ()) -> Trace:
-    """What the run comes to if nothing happens, but for steps left out."""
+    """What the run comes to if nothing happens, but for steps left out.
+
+    Raises:
+      Failed: it failed, the only time that it is made.
+    """
     with self._lock:
       if without not in self._undisturbed:
-        scene = self.scene('-'.join(['undisturbed', *map(str, without)]))
-        faults = {'without': without} if without else {}
-        scene.finish(faults=faults, on=None)
-        assert scene.final
-        self._undisturbed[without] = scene.final
-      return self._undisturbed[without]
+        self._undisturbed[without] = self._leave_undisturbed(without)
+      found = self._undisturbed[without]
+    if isinstance(found, Failed):
+      raise Failed(str(found))
+    return found
+
+  def _leave_undisturbed(self, without: tuple[int, ...]) -> Trace | Failed:
+    name = '-'.join(['undisturbed', *map(str, without)])
+    try:
+      scene = self.scene(name)
+      faults = {'without': without} if without else {}
+      scene.finish(faults=faults, on=None)
+      assert scene.final
+      return scene.final
+    except Exception as error:
+      where = self.folder / name
+      return Failed(f'undisturbed, it fails: {_sentence(error)}; see {where}')
 
   def play(self, fault: Fault) -> Verdict:
     start = time.monotonic()
@@ -125,8 +140,9 @@ class Drills:
         raise Failed(f'{scene.lost} steps were lost, more than {most}')
     except NotTried as error:
       verdict, said = 'not tried', str(error)
-    except Failed as error:
-      verdict, said = 'failed', f'{error}; see {self.folder / fault.name}'
+    except Exception as error:  # whatever it is, the others are played
+      where = f'; see {scene.folder}' if scene else ''
+      verdict, said = 'failed', f'{_sentence(error)}{where}'
     return Verdict(
       fault=fault.name,
       num_processes=self.num_processes,
@@ -167,6 +183,11 @@ def compare_params(got: Trace, wanted: Trace) -> None:
       most = _NOISE_TOLERANCE
     if name.startswith('params/') and off > most:
       raise Failed(f'{name} ends {off} away from what it is without the fault')
+
+
+def _sentence(error: Exception) -> str:
+  kind = '' if isinstance(error, Failed | UserError) else type(error).__name__
+  return f'{kind}: {error}' if kind else str(error)
 
 
 def _same(a: Any, b: Any, exact: bool) -> bool:

@@ -66,6 +66,8 @@ def _kill_save(scene: Scene) -> None:
     job = scene.resume(faults=_SLOWLY | {'kill_in_save': 2}, on=on)
     scene.demand_restart(job)
   scene.demand(scene.finish(), r'goes on from step \d+ .*')
+  if (scene.seen / 'damaged').exists():
+    raise Failed('half of a checkpoint was taken for one')
 
 
 def _ends(scene: Scene) -> list[int]:

@@ -8,6 +8,8 @@ begins.
 
 import contextlib
 import dataclasses
+import errno
+import gc
 import itertools
 import json
 import os
@@ -25,6 +27,7 @@ from jax._src import cache_key
 from perceiver_ar import (
   checkpoint,
   distributed,
+  flops,
   main,
   prefetch,
   saved_step,
@@ -38,6 +41,10 @@ def run(faults: dict[str, Any], words: Sequence[str]) -> None:
   cache_key._hash_accelerator_config = cache_key._hash_devices
   # A host that is dead is noticed as ever, and sooner.
   distributed._HEARTBEAT_SECONDS = 20
+  # A quarter of a start, of which drills make a hundred: a speed that nobody
+  # asks for, and collecting the garbage of a short life.
+  flops.matmul_rate = lambda dtype, size: 1e9
+  gc.disable()
   for name, value in faults.items():
     _FAULTS[name](value)
   main.main(words)
@@ -92,11 +99,24 @@ def _pace(seconds: float) -> None:
 
 def _kill_in_save(number: int) -> None:
   """When its arrays are being written, and it is not a checkpoint yet."""
+  _in_save(number, _die)
+
+
+def _fail_in_save(number: int) -> None:
+  """The storage of this process alone fails, in the background."""
+
+  def fail() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), 'a file')
+
+  _in_save(number, fail)
+
+
+def _in_save(number: int, act: Callable[[], None]) -> None:
   original, saves = ocp.JsonCheckpointHandler.async_save, itertools.count(1)
 
   class Written:
     def result(self, timeout: float | None = None) -> None:
-      _die()
+      act()
 
   async def save(*args: Any, **kwargs: Any) -> Any:
     if next(saves) == number:
@@ -174,6 +194,7 @@ def _replace_steps(
 
 
 _FAULTS: dict[str, Callable[[Any], None]] = {
+  'fail_in_save': _fail_in_save,
   'hang_at': _hang_at,
   'kill_at': _kill_at,
   'kill_in_restore': _kill_in_restore,

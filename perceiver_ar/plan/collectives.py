@@ -315,11 +315,13 @@ def ici_rate(group: Iterable[Any], devices: Iterable[Any], chip: Chip) -> float:
   places = np.array([getattr(device, 'coords', ()) for device in group])
   if not places.size:  # not a TPU
     return 2 * chip.link_bandwidth
-  extent = np.array([device.coords for device in devices]).max(axis=0) + 1
+  shape = np.array([device.coords for device in devices]).max(axis=0) + 1
   links = 0
-  for place, size in zip(places.T, extent, strict=True):
+  rings = chip.rings(shape)
+  for place, size, is_ring in zip(places.T, shape, rings, strict=True):
     reach = len(set(place.tolist()))
-    closes = reach == size and size % chip.torus_multiple == 0
+    closes = reach == size and is_ring
     links += (2 if closes else 1) if reach > 1 else 0
-  # Two devices of one chip have six times a link between them (Google Cloud).
-  return (links or 6) * chip.link_bandwidth
+  # Two devices of one chip have six times a link of the chip between them
+  # (Google Cloud), of which a device's share is a part.
+  return (links or 6 * chip.devices) * chip.link_bandwidth

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from perceiver_ar.config import ModelConfig
 from perceiver_ar.plan.hlo import HOST, Array, Module
 
 CLASSES: tuple[str, ...] = (
@@ -42,7 +43,7 @@ def class_of(argument: str) -> str:
 
 
 def classify(
-  module: Module, analysis: Any, params: Any, num_layers: int, trains: bool
+  module: Module, analysis: Any, params: Any, model: ModelConfig, trains: bool
 ) -> dict[str, int]:
   """Bytes of a device by class.
 
@@ -50,7 +51,7 @@ def classify(
     module: compiled.
     analysis: XLA's, of the same.
     params: abstract, with shardings.
-    num_layers: that the loop over layers runs over.
+    model: whose layers a loop runs over.
     trains: whether there is a gradient.
   """
   sizes = dict.fromkeys(CLASSES, 0)
@@ -63,7 +64,7 @@ def classify(
   left = analysis.temp_size_in_bytes + max(fresh, 0)
   if trains:
     sizes['gradients'] = min(gradient_bytes(params), left)
-    kept = kept_by_layers(module, shapes(params), num_layers)
+    kept = kept_by_layers(module, shapes(params), model)
     sizes['activations'] = min(kept, left - sizes['gradients'])
   sizes['temporaries'] = left - sizes['gradients'] - sizes['activations']
   return sizes
@@ -126,36 +127,42 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def kept_by_layers(
-  module: Module, params: Collection[tuple[int, ...]], num_layers: int
+  module: Module, params: Collection[tuple[int, ...]], model: ModelConfig
 ) -> int:
   """Bytes of the arrays of one row per layer that a loop over layers carries.
 
   The largest such loop is taken: the forward one writes what the backward one
   reads. Parameters, their gradients and copies are left out by their shapes.
+  What layers outside of it keep is not known: those that `scan_unroll` leaves
+  over, and all if it takes them at once.
   """
+  num_trips = model.num_layers // model.scan_unroll
   largest = 0
-  for name, instruction, _ in module.runs(num_layers):
+  for name, instruction, _ in module.runs(num_trips):
     if instruction.opcode != 'while':
       continue
-    trips = module.trip_count(name, instruction) or num_layers
-    if trips not in (num_layers, num_layers - 1):  # one may be taken out
+    trips = module.trip_count(name, instruction) or num_trips
+    if trips not in (num_trips, num_trips - 1):  # one may be taken out
       continue
     kept = sum(
       array.padded_bytes
       for array in instruction.arrays
-      if _is_kept(array, params, num_layers)
+      if _is_kept(array, params, model)
     )
     largest = max(largest, kept)
   return largest
 
 
 def _is_kept(
-  array: Array, params: Collection[tuple[int, ...]], num_layers: int
+  array: Array, params: Collection[tuple[int, ...]], model: ModelConfig
 ) -> bool:
   # Layers stand in front; what was asked for by row may have lost its ones.
+  num, unroll = model.num_layers, model.scan_unroll
+  rows = (num // unroll, unroll) if unroll > 1 else (num,)
+  front, rest = array.dims[: len(rows)], array.dims[len(rows) :]
   return (
-    len(array.dims) > 2
-    and num_layers == array.dims[0]
+    front == rows
+    and len(rest) > 1
     and array.space != HOST
-    and _squeezed(array.dims) not in params
+    and _squeezed((num, *rest)) not in params
   )

@@ -179,8 +179,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     f'kernels at {timing.KERNEL_EFFICIENCY:.0%} of it'
   )
   yield (
-    f'  collectives: rings at {chip.link_bandwidth / 1e9:.3g} GB/s a link and '
-    f'way, DCN {chip.dcn_bandwidth / 1e9:.3g} GB/s a chip'
+    f'  collectives, a device: rings at {chip.link_bandwidth / 1e9:.3g} GB/s a '
+    f'link and way, DCN {chip.dcn_bandwidth / 1e9:.3g} GB/s'
   )
   if plan.seconds['host_transfers']:
     yield f'  host transfers: {HOST_BANDWIDTH / 1e9:.0f} GB/s a chip and way'

@@ -285,7 +285,7 @@ def _read(
       module,
       analysis,
       program.params,
-      config.model.num_layers,
+      config.model,
       program.command == 'train',
     ),
     'needed_bytes': memory.total(analysis),

@@ -112,15 +112,16 @@ def _sample(config: Config, mesh: Mesh) -> Program:
     (B, N + 1, len(model.position_sizes)), jnp.int32
   )
   drawn = N - R + 1
-  forward = flops.forward_flops(model, context_length=M, num_latents=1)
-  # Keys and values of the inputs are kept: a token projects its own only.
-  kept = flops.projection_flops(model, M - 1)
+  refill, draw = (
+    flops.decode_flops(model, context_length=M, num_latents=N, num_new=num)
+    for num in (R, 1)
+  )
   return Program(
     command='sample',
     function=sample.make_segment(config, mesh, ()),
     args=(params, tokens_BR, positions_BSP, cache, count, count),
     params=params,
-    model_flops=(forward - kept) * B * (R + drawn - 1),
+    model_flops=B * (refill + (drawn - 1) * draw),
     saved_flops=0,
     num_tokens=B * drawn,
   )

@@ -215,17 +215,49 @@ class _Device:
     self.coords = coords
 
 
-def test_a_ring_is_as_fast_as_the_torus_that_it_goes_over():
-  v5p, v5e = chips.find_chip('v5p'), chips.find_chip('v5e')
-  cube = [
-    _Device(x, y, z) for x in range(4) for y in range(4) for z in range(2)
-  ]
-  row = [d for d in cube if d.coords[1:] == (0, 0)]
-  plane = [d for d in cube if d.coords[2] == 0]
-  column = [d for d in cube if d.coords[:2] == (0, 0)]
-  link = v5p.link_bandwidth
-  assert collectives.ici_rate(row, cube, v5p) == 2 * link
-  assert collectives.ici_rate(plane, cube, v5p) == 4 * link
-  assert collectives.ici_rate(column, cube, v5p) == link  # 2 make no ring
-  grid = [_Device(x, y) for x in range(4) for y in range(4)]
-  assert collectives.ici_rate(grid, grid, v5e) == 2 * v5e.link_bandwidth
+def _grid(*shape):
+  return [_Device(*place) for place in np.ndindex(*shape)]
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'along', 'links'),
+  [
+    ('v5p', (4, 4, 8), 'x', 2),
+    ('v5p', (4, 4, 8), 'xy', 4),
+    ('v4', (4, 4, 4), 'xyz', 6),
+    # Of a slice that is not made of cubes no dimension closes.
+    ('v5p', (4, 4, 2), 'x', 1),
+    ('v5p', (4, 4, 2), 'xy', 2),
+    ('v5p', (4, 4, 2), 'z', 1),
+    ('v4', (2, 2, 4), 'z', 1),
+    ('7x', (2, 4, 4), 'yz', 2),
+    ('7x', (4, 4, 4), 'yz', 4),
+    # A dimension of 16 closes by itself.
+    ('v5e', (8, 16, 1), 'x', 1),
+    ('v5e', (8, 16, 1), 'y', 2),
+    ('v6e', (8, 16, 1), 'xy', 3),
+    ('v6e', (16, 16, 1), 'xy', 4),
+    ('v5e', (4, 4, 1), 'xy', 2),
+  ],
+)
+def test_a_ring_is_as_fast_as_the_torus_that_it_goes_over(
+  name, shape, along, links
+):
+  chip, grid = chips.find_chip(name), _grid(*shape)
+  still = [dim for dim, axis in enumerate('xyz') if axis not in along]
+  group = [d for d in grid if not any(d.coords[dim] for dim in still)]
+  rate = collectives.ici_rate(group, grid, chip)
+  assert rate == links * chip.link_bandwidth
+
+
+def test_half_of_a_dimension_is_a_line():
+  chip, grid = chips.find_chip('v5p'), _grid(4, 4, 4)
+  half = [d for d in grid if d.coords[0] < 2 and d.coords[1:] == (0, 0)]
+  assert collectives.ici_rate(half, grid, chip) == chip.link_bandwidth
+
+
+def test_two_devices_of_a_chip_are_nearer_than_two_chips():
+  chip, grid = chips.find_chip('7x'), _grid(2, 2, 1)
+  pair = [_Device(0, 0, 0), _Device(0, 0, 0)]
+  assert collectives.ici_rate(pair, grid, chip) == 600e9
+  assert collectives.ici_rate(grid[:2], grid, chip) == 50e9

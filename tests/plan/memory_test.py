@@ -1,0 +1,54 @@
+"""The classes of a device's memory are of the sizes that a step gives them."""
+
+import pytest
+from tiny import make_config
+
+from perceiver_ar import partitioning
+from perceiver_ar.plan import advice, memory, plans, programs
+from perceiver_ar.plan.machine import open_machine
+
+# No size divides or equals another by accident.
+_CONFIG = make_config(
+  {
+    'model.num_layers': 4,
+    'model.num_latents': 12,
+    'model.attention': 'reference',
+  }
+)
+
+
+@pytest.fixture(scope='module')
+def machine():
+  return open_machine('cpu:8', 1)
+
+
+def test_gradients_are_float32_whatever_the_parameters_are(machine):
+  half = advice.apply(_CONFIG, {'model.param_dtype': 'bfloat16'})
+  sizes, plain = (
+    programs.make_program(
+      'train', c, partitioning.make_mesh(c.mesh, machine.devices)
+    ).params
+    for c in (half, _CONFIG)
+  )
+  assert memory.gradient_bytes(sizes) == memory.gradient_bytes(plain)
+  assert (
+    memory.gradient_bytes(plain)
+    == memory.abstract_classes((plain,))['parameters']
+  )
+  # Two bytes of a parameter are gone, and four of its gradient are there.
+  saved = plans.least_bytes(_CONFIG, machine, 'train') - plans.least_bytes(
+    half, machine, 'train'
+  )
+  assert saved == memory.gradient_bytes(plain) // 2
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_layers_that_are_unrolled_keep_as_much(remat):
+  keys = {'model.remat': remat}
+  one = open_machine('cpu:1', 1)
+  kept = []
+  for unroll in (1, 2):
+    config = advice.apply(_CONFIG, keys | {'model.scan_unroll': unroll})
+    plan = plans.make_plan(config, one, 'train', 2**30)
+    kept.append(plan.bytes_per_chip['activations'])
+  assert kept[0] == kept[1] > 0
