@@ -29,7 +29,7 @@ _USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Prints the JobSet, or applies it. Returns the exit status."""
+  """Prints the JobSet, or creates it. Returns the exit status."""
   words = list(sys.argv[1:] if argv is None else argv)
   split = words.index('--') if '--' in words else len(words)
   args = _parser().parse_args(words[:split])
@@ -37,38 +37,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = make_job(args, words[split + 1 :])
     manifest = yaml.safe_dump(jobset(job), sort_keys=False)
     if args.dry_run:
-      # The command is a comment, so that all of this is YAML.
-      print(f'{manifest}# The same with XPK:\n#   {xpk_command(job)}')
+      _print(job, manifest)
       return 0
-    return _apply(job, manifest)
+    return _create(job, manifest)
   except UserError as error:
     return _fail(str(error))
 
 
-def _apply(job: Job, manifest: str) -> int:
+def _print(job: Job, manifest: str) -> None:
+  # The command is a comment, so that all of this is YAML.
+  print(f'{manifest}# With XPK, but for what docs/launch.md names:')
+  if job.data:
+    print(f'# (XPK copies no data: first have it mount them as {DATA})')
+  print(f'#   {xpk_command(job)}')
+
+
+def _create(job: Job, manifest: str) -> int:
   if not shutil.which('kubectl'):
     raise UserError(
       'kubectl is not on PATH; install it, or look at the manifest with '
       '--dry_run'
     )
-  command = ['kubectl', 'apply', '-f', '-']
-  result = subprocess.run(command, input=manifest, text=True)
+  place = f' --namespace={job.namespace}' if job.namespace else ''
+  # Waits for the pods, which save: JobSet knows its jobs by its name alone, and
+  # would take those of the last run for its own.
+  delete = f'kubectl delete jobset {job.name}{place} --cascade=foreground'
+  # `apply` would leave a JobSet that has ended as it is, and call that success.
+  command = ['kubectl', 'create', '-f', '-']
+  result = subprocess.run(
+    command, input=manifest, text=True, stderr=subprocess.PIPE
+  )
+  if '(AlreadyExists)' in result.stderr:
+    raise UserError(
+      f'there is a JobSet {job.name}, running or ended; to go on from its last '
+      f'checkpoint first delete it: {delete}'
+    )
+  print(result.stderr, end='', file=sys.stderr)
   if result.returncode:
     _fail(
-      f'kubectl apply failed with exit status {result.returncode}; the cluster '
-      'must have JobSet 0.6 or later, and no other JobSet of the name '
-      f'{job.name}'
+      f'kubectl create failed with exit status {result.returncode}; the '
+      'cluster must have JobSet 0.6 or later'
     )
     return result.returncode
-  place = f' --namespace={job.namespace}' if job.namespace else ''
+  _tell(job.name, place, delete)
+  return 0
+
+
+def _tell(name: str, place: str, delete: str) -> None:
   first = (
-    f'jobset.sigs.k8s.io/jobset-name={job.name},'
+    f'jobset.sigs.k8s.io/jobset-name={name},'
     'jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0'
   )
-  print(f'see it:    kubectl get jobset {job.name}{place}')
+  print(f'see it:    kubectl get jobset {name}{place}')
   print(f'follow it: kubectl logs --follow --selector={first}{place}')
-  print(f'stop it:   kubectl delete jobset {job.name}{place}')
-  return 0
+  print(f'stop it:   {delete}')
 
 
 def _fail(sentence: str) -> int:
@@ -90,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     usage=_USAGE,
     description=(__doc__ or '').split('\n\n')[0],
     epilog='What follows -- is run on every host. Started again with the same '
-    'name, it goes on from the last checkpoint. docs/launch.md has more.',
+    'name, once its JobSet is deleted, it goes on from the last checkpoint. '
+    'docs/launch.md has more.',
     allow_abbrev=False,
   )
   _add_job(parser)
@@ -239,13 +262,18 @@ def _complete(
       f'--workdir={given} would be another folder on every host; use a gs:// '
       'path, or leave it to --bucket and --name'
     )
+  path = _value(command, '--config.data.path')
   if has_data:
-    path = _value(command, '--config.data.path')
     if path is not None:
       raise UserError(
         f'--config.data.path={path} is set by --data; give one of them'
       )
     words.append(f'--config.data.path={DATA}')
+  elif path is not None and path.startswith('gs://'):
+    raise UserError(
+      f'--config.data.path={path} is no folder of a host; give it as '
+      f'--data={path} in front of --, which copies it there'
+    )
   return tuple(words)
 
 

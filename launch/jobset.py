@@ -156,8 +156,9 @@ def _container(job: Job) -> dict[str, Any]:
     'limits': {'google.com/tpu': job.slice.chips_per_host}
   }
   if job.disk:
+    # /scratch has a limit of its own. A container's would be that of its whole
+    # pod, which the kubelet evicts when /data, /scratch and logs exceed it.
     resources['requests'] = {'ephemeral-storage': f'{job.disk}Gi'}
-    resources['limits']['ephemeral-storage'] = f'{job.disk}Gi'
   return {
     'name': _CONTAINER,
     'image': job.image,
@@ -223,7 +224,7 @@ def _volumes(job: Job) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def xpk_command(job: Job) -> str:
-  """The same job by XPK, whose queue, volumes and data are its own."""
+  """The job by XPK, without what docs/launch.md says that XPK leaves out."""
   words = [
     *('xpk', 'workload', 'create', '--cluster=CLUSTER'),
     f'--workload={job.name}',

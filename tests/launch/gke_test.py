@@ -221,9 +221,22 @@ def test_ramdisk_and_disk_are_mounted(capsys):
   container = _container(manifest)
   mounts = {m['name']: m['mountPath'] for m in container['volumeMounts']}
   assert mounts == {'ramdisk': '/ramdisk', 'scratch': '/scratch'}
-  resources = container['resources']
-  assert resources['requests'] == {'ephemeral-storage': '50Gi'}
-  assert resources['limits']['ephemeral-storage'] == '50Gi'
+
+
+def test_data_and_logs_do_not_count_as_scratch(capsys):
+  """The kubelet evicts pods of which all disks exceed their containers' limits.
+
+  Those of the pod that have no limit of their own would count against it.
+  """
+  manifest = _rendered(capsys, data='gs://runs/pg19', disk=5)
+  volumes = {v['name']: v['emptyDir'] for v in _pod(manifest)['volumes']}
+  assert volumes == {'data': {}, 'scratch': {'sizeLimit': '5Gi'}}
+  resources = _container(manifest)['resources']
+  assert resources['requests'] == {'ephemeral-storage': '5Gi'}
+  pod = _pod(manifest)
+  for container in pod['containers'] + pod['initContainers']:
+    limits = container.get('resources', {}).get('limits', {})
+    assert 'ephemeral-storage' not in limits
 
 
 def test_data_are_copied_before_the_trainer_starts(capsys):
@@ -276,6 +289,8 @@ def test_a_workdir_of_the_command_is_kept(capsys, words):
       {'data': 'gs://runs/pg19'},
       '--config.data.path=/x',
     ),
+    ([*_TRAIN, '--config.data.path=gs://a/b'], {}, '--data=gs://a/b'),
+    ([*_TRAIN, '--config.data.path', 'gs://a/b'], {}, '--data=gs://a/b'),
     (_TRAIN, {'name': 'My_run'}, '--name=My_run'),
     (_TRAIN, {'name': 'a' * 50}, 'at most'),
     (_TRAIN, {'zone': 'x'}, '--zone'),
@@ -314,48 +329,13 @@ def test_xpk_is_told_the_same(capsys):
   )
 
 
-@pytest.fixture
-def kubectl(tmp_path, monkeypatch):
-  """A kubectl that keeps what it is given, and fails if told so."""
-  script = tmp_path / 'bin' / 'kubectl'
-  script.parent.mkdir()
-  script.write_text(
-    '#!/bin/sh\n'
-    f'echo "$@" > {tmp_path}/args\ncat > {tmp_path}/manifest\n'
-    f'[ ! -e {tmp_path}/fails ] || exit 3\n'
-  )
-  script.chmod(0o755)
-  monkeypatch.setenv('PATH', f'{script.parent}:/usr/bin:/bin')
-  return tmp_path
-
-
-def test_it_applies_what_a_dry_run_prints(capsys, kubectl):
-  manifest = _rendered(capsys, namespace='ml')
-  argv = [word for word in _argv(namespace='ml') if word != '--dry_run']
-  assert gke.main(argv) == 0
-  assert (kubectl / 'args').read_text() == 'apply -f -\n'
-  assert yaml.safe_load((kubectl / 'manifest').read_text()) == manifest
-  told = capsys.readouterr().out
-  assert 'kubectl delete jobset books-long --namespace=ml' in told
-
-
-def test_a_dry_run_applies_nothing(capsys, kubectl):
-  _rendered(capsys)
-  assert not (kubectl / 'args').exists()
-
-
-def test_a_failing_kubectl_is_not_success(capsys, kubectl):
-  (kubectl / 'fails').touch()
-  assert gke.main([word for word in _argv() if word != '--dry_run']) == 3
-  captured = capsys.readouterr()
-  assert 'exit status 3' in captured.err
-  assert not captured.out
-
-
-def test_no_kubectl_is_said(capsys, monkeypatch):
-  monkeypatch.setenv('PATH', '/nowhere')
-  argv = [word for word in _argv() if word != '--dry_run']
-  assert 'kubectl' in _refusal(capsys, argv)
+@pytest.mark.parametrize('data', [None, 'gs://runs/pg19'])
+def test_what_xpk_does_not_do_with_data_is_said(capsys, data):
+  gke.main(_argv(**({'data': data} if data else {})))
+  comments = capsys.readouterr().out.partition('# With XPK')[2]
+  assert 'docs/launch.md' in comments
+  assert ('--config.data.path=/data' in comments) == bool(data)
+  assert ('XPK copies no data' in comments) == bool(data)
 
 
 def test_the_schema_refuses(capsys):
