@@ -110,10 +110,11 @@ def slurm(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path):
+@pytest.mark.parametrize('trap', ['', "trap 'exit 75' TERM\n"])
+def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path, trap):
   program, log = tmp_path / 'bin' / 'perceiver-ar', tmp_path / 'job.log'
   program.parent.mkdir()
-  program.write_text('#!/bin/sh\necho trains\nexec sleep 600\n')
+  program.write_text(f'#!/bin/sh\n{trap}echo trains\nsleep 600\n')
   program.chmod(0o755)
   job = slurm(
     'sbatch',
