@@ -84,8 +84,10 @@ class Checkpoints:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, *exception: object) -> None:
+    # That others have left is an echo of what ends this process.
+    with contextlib.suppress(*([HostsError] if kind else [])):
+      self.close()
 
   def close(self) -> None:
     """Waits for the last save; raises SaveError if it failed."""
@@ -379,11 +381,8 @@ def _newest_sound(
 
 
 def _free_place(workdir: epath.Path, step: int) -> epath.Path:
-  for number in itertools.count(1):
-    place = workdir / _DAMAGED / f'{step}-{number}'
-    if not place.exists():
-      return place
-  raise AssertionError
+  places = (workdir / _DAMAGED / f'{step}-{n}' for n in itertools.count(1))
+  return next(place for place in places if not place.exists())
 
 
 def step_folder(workdir: Path, step: int) -> epath.Path:

@@ -40,7 +40,8 @@ from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 from perceiver_ar.lines import Row
 
-_EVERY_SECONDS = 60.0  # at most so many are lost of the account by a crash
+_EVERY_SECONDS = 60.0  # at most so many are lost of the account by a crash;
+# in a bucket, those since the last save
 _LAST_SECONDS = 2.0  # that a process which ends at once has for its last word
 
 
@@ -124,7 +125,6 @@ def start(config: Config, mesh: Any, first_step: int) -> None:
   """The run begins, or goes on, from this state."""
   if _run.path is None:
     return
-  rows = _open(_run.path)
   devices = list(mesh.devices.flat)
   facts = {
     'config': dataclasses.asdict(config),
@@ -136,22 +136,23 @@ def start(config: Config, mesh: Any, first_step: int) -> None:
     },
   }
   facts = json.loads(json.dumps(facts))  # as it will be read
-  starts = [row for row in rows if row['event'] == 'start']
-  changes = _changes(starts[-1], facts) if starts else []
-  seconds = sum(_account(time.monotonic()).values())
-  _write(
-    _row(
-      'start',
-      first_step=first_step,
-      began=round(time.time() - seconds, 3),
-      command=shlex.join(sys.argv),
-      changes=changes,
-      **facts,
+  with _run.lock:  # nothing comes before the start
+    starts = [row for row in _open(_run.path) if row['event'] == 'start']
+    changes = _changes(starts[-1], facts) if starts else []
+    seconds = sum(_account(time.monotonic()).values())
+    _write(
+      _row(
+        'start',
+        first_step=first_step,
+        began=round(time.time() - seconds, 3),
+        command=shlex.join(sys.argv),
+        changes=changes,
+        **facts,
+      )
     )
-  )
-  for row in _run.waiting:
-    _write(row)
-  sync()
+    for row in _run.waiting:
+      _write(row)
+    sync()
 
 
 def event(name: str, **facts: Any) -> None:
@@ -243,7 +244,7 @@ def _keep_telling(over: threading.Event) -> None:
   """However long it takes, what is being done, and then ends in a crash."""
   while not over.wait(_EVERY_SECONDS):
     # What is wrong with the file, the next that writes to it will say.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, errors.SaveError):
       _tell_seconds()
 
 

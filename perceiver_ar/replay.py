@@ -135,7 +135,10 @@ def replay(config: Config, folder: epath.PathLike, step: int) -> Report:
   pipeline.check_compatible(config.model, documents)
   workdir.check(folder, config, documents)
   own = config_lib.resolve(workdir.read_config(folder)).mesh
-  mesh = make_mesh(config.mesh, own, jax.devices())
+  mesh, rules = make_mesh(config.mesh, own, jax.devices())
+  config = dataclasses.replace(
+    config, mesh=dataclasses.replace(config.mesh, rules=rules)
+  )
   until = dataclasses.replace(config.train, num_steps=step + 1)
   none = dataclasses.replace(config.evaluate, every=0)
   config = dataclasses.replace(config, train=until, evaluate=none)
@@ -172,20 +175,21 @@ def _recorded(folder: epath.PathLike, step: int) -> dict[int, Row]:
 
 def make_mesh(
   asked: MeshConfig, own: MeshConfig, devices: Sequence[Any]
-) -> Mesh:
-  """What is asked for, of some of the devices if it is small.
+) -> tuple[Mesh, str]:
+  """What is asked for, of some of the devices if it is small, and its rules.
 
-  The run's `own`, where it does not fit them, is all of them as `data`.
+  The run's `own`, where it does not fit them, is all of them as `data`, over
+  which parameters are split.
   """
   sizes = [getattr(asked, axis) for axis in config_lib.MESH_AXES]
   num = len(devices) if -1 in sizes else math.prod(sizes)
   try:
-    return partitioning.make_mesh(asked, devices[:num])
+    return partitioning.make_mesh(asked, devices[:num]), asked.rules
   except UserError:
     if asked != own:
       raise
   spread = dataclasses.replace(asked, slice=1, data=-1, context=1, model=1)
-  return partitioning.make_mesh(spread, devices)
+  return partitioning.make_mesh(spread, devices), 'fsdp'
 
 
 def _begin(

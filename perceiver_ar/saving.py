@@ -42,7 +42,8 @@ class Manager(ocp.CheckpointManager):
       Exception: whatever this process's part of the save has failed with.
     """
     looked = time.monotonic()
-    while self.is_saving_in_progress():
+    # Not for Orbax's flag: a save that could not even begin leaves it set.
+    while self._finalize_thread.map(lambda t: t is not None and t.is_alive()):
       if self.failure is not None and jax.process_count() > 1:
         raise self.failure
       if time.monotonic() - looked > _LOOK_AT_OTHERS_SECONDS:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -317,6 +318,25 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(
   checkpoints.save(3, state, config=CONFIG, loss=None)
   checkpoints.close()
   assert checkpoint.saved_steps(tmp_path) == [3]
+
+
+def test_a_save_that_cannot_begin_ends_at_once(tmp_path):
+  folder, ended = tmp_path / 'checkpoints', []
+
+  def run():
+    with (
+      pytest.raises(SaveError, match='could not be written'),
+      checkpoint.Checkpoints(tmp_path, KEEP) as checkpoints,
+    ):
+      folder.rmdir()
+      folder.write_text('')  # as a mount that is lost
+      checkpoints.save(1, {'x': jnp.arange(8)}, config=CONFIG, loss=None)
+    ended.append(True)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(60)
+  assert ended
 
 
 KILLED = """

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -264,7 +265,7 @@ def _some_start(scene, rng):
         how(scene.seen / 'checkpoints' / str(steps[-1]), 0)
         return SAVE_EVERY
       return 0
-  scene.demand_restart(job)
+  scene.demand_restart(job, -signal.SIGKILL)
   return 0
 
 

@@ -236,7 +236,7 @@ def test_differences_are_relative_and_know_what_is_not_finite():
 
 def mesh_of(**sizes):
   base = {'slice': 1, 'data': -1, 'context': 1, 'model': 1}
-  return MeshConfig(rules='fsdp', **(base | sizes))
+  return MeshConfig(rules='tensor', **(base | sizes))
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,12 @@ def test_one_process_takes_the_mesh_that_it_can_make(
     with pytest.raises(UserError, match='data 64'):
       replay.make_mesh(mesh_of(**asked), mesh_of(**own), jax.devices())
     return
-  mesh = replay.make_mesh(mesh_of(**asked), mesh_of(**own), jax.devices())
+  mesh, rules = replay.make_mesh(
+    mesh_of(**asked), mesh_of(**own), jax.devices()
+  )
   assert mesh.devices.shape == shape
+  is_asked = math.prod(asked.values()) <= 8
+  assert rules == ('tensor' if is_asked else 'fsdp')
 
 
 @pytest.mark.slow

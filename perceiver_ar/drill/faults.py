@@ -7,6 +7,7 @@ never disturbed.
 import contextlib
 import dataclasses
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ class Fault:
 def _kill_step(scene: Scene) -> None:
   for on, step in ((0, 6), (-1, 15)):
     job = scene.resume(faults={'kill_at': step}, on=on)
-    scene.demand_restart(job)
+    scene.demand_restart(job, -signal.SIGKILL)
   job = scene.finish()
   scene.demand(job, 'goes on from step .*')
 
@@ -64,7 +65,7 @@ def _kill_step(scene: Scene) -> None:
 def _kill_save(scene: Scene) -> None:
   for on in _ends(scene):
     job = scene.resume(faults=_SLOWLY | {'kill_in_save': 2}, on=on)
-    scene.demand_restart(job)
+    scene.demand_restart(job, -signal.SIGKILL)
   scene.demand(scene.finish(), r'goes on from step \d+ .*')
   if (scene.seen / 'damaged').exists():
     raise Failed('half of a checkpoint was taken for one')
@@ -76,10 +77,10 @@ def _ends(scene: Scene) -> list[int]:
 
 
 def _kill_restore(scene: Scene) -> None:
-  scene.demand_restart(scene.start(faults={'kill_at': 10}))
+  scene.demand_restart(scene.start(faults={'kill_at': 10}), -signal.SIGKILL)
   for on in _ends(scene):
     job = scene.resume(faults={'kill_in_restore': True}, on=on)
-    scene.demand_restart(job)
+    scene.demand_restart(job, -signal.SIGKILL)
   scene.demand(scene.finish(), 'goes on from step 8 .*')
 
 
@@ -93,7 +94,7 @@ def _sigterm(scene: Scene) -> None:
 
 def _hang(scene: Scene) -> None:
   job = scene.start(faults=_PACED | {'hang_at': 10})
-  scene.demand_restart(job)
+  scene.demand_restart(job, RESTART)
   scene.demand(job, f'hangs in .* {HANG_SECONDS:.0f} s')
   scene.demand(job, 'most recent call first')  # the stacks
   scene.finish()
@@ -106,7 +107,7 @@ def _slow(scene: Scene) -> None:
 
 
 def _other_hosts(scene: Scene) -> None:
-  scene.demand_restart(scene.start(faults={'kill_at': 10}))
+  scene.demand_restart(scene.start(faults={'kill_at': 10}), -signal.SIGKILL)
   # One host more, for ever; or one less.
   other = 2 if scene.num_processes == 1 else scene.num_processes - 1
   scene.demand(scene.finish(num_processes=other), 'goes on from step 8 .*')
@@ -164,7 +165,7 @@ def _disk_full(scene: Scene) -> None:
     with contextlib.suppress(OSError), ballast.open('wb', 0) as file:
       while True:
         file.write(bytes(4096))
-    scene.demand_restart(job)
+    scene.demand_restart(job, 1)
     scene.demand(job, 'a checkpoint could not be written.*')
     scene.demand(job, 'No space left|ENOSPC|RESOURCE_EXHAUSTED')
     ballast.unlink()
@@ -205,7 +206,7 @@ def _storage(scene: Scene) -> None:
   place = scene.workdir / 'checkpoints'
   away = place.rename(scene.workdir / 'away')
   place.write_text('')
-  scene.demand_restart(job)
+  scene.demand_restart(job, 1)
   scene.demand(job, 'a checkpoint could not be written.*')
   place.unlink()
   away.rename(place)

@@ -222,11 +222,14 @@ class Scene:
           f'{allowed}: {job.last_words()}'
         )
 
-  def demand_restart(self, job: Job) -> None:
-    """All have ended, and none so that launchers would not start it again."""
-    for process, status in enumerate(job.end()):
+  def demand_restart(self, job: Job, some: int) -> None:
+    """All have ended, one of them so, and launchers start them again."""
+    statuses = job.end()
+    for process, status in enumerate(statuses):
       if status in (0, MISTAKE):
         raise Failed(f'process {process} ended with status {status}')
+    if some not in statuses:
+      raise Failed(f'no process ended with status {some}: {job.last_words()}')
 
   def resume(self, *words: str, **how: Any) -> Job:
     """A start, and what had to be done again because of it."""
