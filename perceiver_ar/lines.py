@@ -33,9 +33,7 @@ class Appender:
       self._file.write(content)
       return
     if kept and content != path.read_bytes():
-      temporary = path.parent / f'{path.name}.tmp'
-      temporary.write_bytes(content)
-      temporary.replace(path)
+      paths.write_whole(path, content)
     self._file = path.open('ab' if kept else 'wb')
 
   def write(self, row: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def restore_params(
-  config: Config, workdir_: epath.PathLike, step: int | None, *, samples: bool
+  config: Config, folder: epath.PathLike, step: int | None, *, samples: bool
 ) -> tuple[Mesh, int, Params]:
   """The job's mesh, and on it the parameters of a checkpoint, with its step.
 
@@ -69,20 +69,22 @@ def restore_params(
 
   Args:
     config: of the run, with this command's changes.
-    workdir_: of the run.
+    folder: of the run.
     step: as in `checkpoint.restore_params`.
     samples: whether attention will be that to a cache.
   """
   distributed.barrier('restore')
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
-  workdir.keep_compiled(workdir_, mesh.devices.flat[0].platform)
+  workdir.keep_compiled(folder, mesh.devices.flat[0].platform)
   abstract = train_step.abstract_params(config, mesh)
   step, params = checkpoint.restore_params(
-    workdir_, abstract, step, config.checkpoint.max_host_gb
+    folder, abstract, step, config.checkpoint.max_host_gb
   )
   model = config.model
-  kernels = [sharded_attention.cache_name(model)] if samples else None
-  kernels = kernels or sharded_attention.names(model, mesh.abstract_mesh)
+  if samples:
+    kernels = [sharded_attention.cache_name(model)]
+  else:
+    kernels = sharded_attention.names(model, mesh.abstract_mesh)
   if jax.process_index() == 0:
     line = f'{_devices(mesh)}; {", ".join(kernels)} attention, {model.dtype}'
     print(line, file=sys.stderr)
