@@ -69,6 +69,7 @@ class TrainConfig:
   num_steps: int
   batch_size: int
   num_microbatches: int
+  reduce_gradients_once: bool
   seed: int
   z_loss: float
   label_smoothing: float
@@ -185,6 +186,7 @@ MAY_DIFFER = (
   'train.max_skipped_steps',
   'train.num_microbatches',
   'train.num_steps',
+  'train.reduce_gradients_once',
   'train.spike_deviations',  # where it ended a run whose loss moved for good
 )
 

@@ -27,16 +27,18 @@ from jax.sharding import Mesh
 from perceiver_ar import (
   distributed,
   host_reports,
+  logical,
   mesh_checks,
   partitioning,
 )
 from perceiver_ar.config import Config
 from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
+from perceiver_ar.gradients import Batch, score_latents, shift
 from perceiver_ar.models.perceiver_ar import PerceiverAR
+from perceiver_ar.parameters import Params
 from perceiver_ar.progress import Progress
 from perceiver_ar.stopping import Interrupted
-from perceiver_ar.train_step import Batch, Params, score_latents, shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _score(
   """Nats and hits of every scored latent, [B, N] float32, 0 elsewhere."""
   N = config.evaluate.num_latents
   inputs_BM, targets_BN, weights_BN = shift(batch['tokens'], N)
-  with partitioning.activations(
+  with logical.activations(
     mesh, config.mesh.rules, num_rows=len(inputs_BM), num_latents=N
   ):
     z_BND = PerceiverAR(config.model).apply(

@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from perceiver_ar import partitioning
+from perceiver_ar import logical, partitioning
 from perceiver_ar.config import Config, ModelConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
@@ -55,7 +55,7 @@ def check_train(config: Config, mesh: Mesh) -> None:
     axes='slice*data',
   )
   check_context(model, 'model.context_length', model.context_length, mesh)
-  partitioning.latent_axes(mesh, num_rows, model.num_latents)
+  logical.latent_axes(mesh, num_rows, model.num_latents)
   if config.evaluate.every:
     check_evaluate(config, mesh)
 
@@ -67,7 +67,7 @@ def check_evaluate(config: Config, mesh: Mesh) -> None:
   check_context(
     config.model, 'evaluate.context_length', how.context_length, mesh
   )
-  partitioning.latent_axes(mesh, how.batch_size, how.num_latents)
+  logical.latent_axes(mesh, how.batch_size, how.num_latents)
 
 
 def check_sample(config: Config, mesh: Mesh) -> None:

@@ -6,20 +6,24 @@ them: it replicates an axis without a rule, drops a mesh axis that is used
 twice, and takes names of the wrong number. All of that is refused here.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from flax.linen import spmd
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from perceiver_ar.config import MESH_AXES, MeshConfig
 from perceiver_ar.errors import UserError
@@ -27,6 +31,7 @@ from perceiver_ar.errors import UserError
 BATCH_AXES = ('slice', 'data')
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
+AnyMesh = Mesh | AbstractMesh
 
 _UNSHARDED: Rules = dict.fromkeys(
   (
@@ -61,121 +66,12 @@ def parameter_rules(name: str) -> Rules:
   return {**_UNSHARDED, **_SETS[name]}
 
 
-@contextlib.contextmanager
-def activations(
-  mesh: Mesh, name: str, *, num_rows: int, num_latents: int
-) -> Iterator[None]:
-  """Inside a compiled function: logical axes of activations mean `mesh`'s.
-
-  Inputs lie over `batch` x `context`. Latents have their `rows` over the
-  context axis as well, or, where there are too few rows, split themselves.
-
-  Args:
-    mesh: of the arrays.
-    name: of the rules for parameters.
-    num_rows: B of a forward pass, over all devices.
-    num_latents: N.
-  """
-  rows, latents = latent_axes(mesh, num_rows, num_latents)
-  axes: Rules = {
-    'batch': BATCH_AXES,
-    'context': 'context',
-    'rows': rows,
-    'latents': latents,
-  }
-  with _rules(mesh, name, axes):
-    yield
-
-
-@contextlib.contextmanager
-def decoding(mesh: Mesh, name: str) -> Iterator[None]:
-  """The same for sampling: the context axis has other samples."""
-  rows = (*BATCH_AXES, 'context')
-  axes: Rules = {
-    'batch': rows,
-    'context': None,
-    'rows': rows,
-    'latents': None,
-  }
-  with _rules(mesh, name, axes):
-    yield
-
-
-def decoding_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-  """Of arrays whose `axis` counts samples."""
-  return NamedSharding(
-    mesh, PartitionSpec(*[None] * axis, (*BATCH_AXES, 'context'))
-  )
-
-
-@contextlib.contextmanager
-def _rules(mesh: Mesh, name: str, axes: Rules) -> Iterator[None]:
-  # `embed` is whole: FSDP shards parameters, not activations.
-  rules = {**parameter_rules(name), **axes, 'embed': None}
-  # Without a mesh in the context Linen's constraints silently do nothing.
-  with (
-    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-    nn.logical_axis_rules(list(rules.items())),
-  ):
-    yield
-
-
-def whole_axes(name: str) -> tuple[str, ...]:
-  """The mesh axes that rows are split over and parameters, by rules, are not.
-
-  Of those that the mesh of the context has; none without a mesh.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  used = {m for entry in parameter_rules(name).values() for m in axes_of(entry)}
-  large = [axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1]
-  return tuple(axis for axis in large if axis not in used)
-
-
-@contextlib.contextmanager
-def by_hand(axes: Sequence[str]) -> Iterator[None]:
-  """Inside a `shard_map` over these axes: logical axes mean the others."""
-  left = [
-    (name, tuple(m for m in axes_of(entry) if m not in axes) or None)
-    for name, entry in nn.get_logical_axis_rules()
-  ]
-  with nn.logical_axis_rules(left):
-    yield
-
-
 def axes_of(entry: Any) -> tuple[str, ...]:
   """The mesh axes of an entry of rules, or of a PartitionSpec."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def spec(axes: Sequence[str]) -> PartitionSpec:
-  """What logical axes mean where the rules of `activations` are in force."""
-  found = spmd.logical_to_mesh_axes(axes)
-  assert found is not None
-  return found
-
-
-def latent_axes(
-  mesh: Mesh, num_rows: int, num_latents: int
-) -> tuple[tuple[str, ...], str | None]:
-  """The mesh axes of the rows of latents, and of the latents of a row.
-
-  Raises:
-    UserError: neither divides.
-  """
-  ways, context = num_parts(mesh, BATCH_AXES), mesh.shape['context']
-  if num_rows % (ways * context) == 0:
-    return (*BATCH_AXES, 'context'), None
-  if num_rows % ways == 0 and num_latents % context == 0:
-    return BATCH_AXES, 'context'
-  raise UserError(
-    f'mesh.context {context} divides neither the {num_rows} rows of a pass, '
-    f'split {ways} ways by slice and data already, nor {num_latents} latents; '
-    'change the batch size (evaluate.batch_size; train.batch_size / '
-    'train.num_microbatches), the latents or the mesh'
-  )
-
-
-def num_parts(mesh: Mesh, axes: Sequence[str]) -> int:
+def num_parts(mesh: AnyMesh, axes: Sequence[str]) -> int:
   """How many parts these axes make together."""
   return math.prod(mesh.shape[axis] for axis in axes)
 
@@ -237,7 +133,7 @@ def _arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
   )
 
 
-def parameter_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+def parameter_shardings(boxed: Any, mesh: AnyMesh, rules: Rules) -> Any:
   """A sharding for every parameter of an abstract, boxed tree, unboxed.
 
   Raises:
@@ -261,7 +157,7 @@ def _spec(
   name: str,
   shape: tuple[int, ...],
   axes: Sequence[str | None],
-  mesh: Mesh,
+  mesh: AnyMesh,
   rules: Rules,
 ) -> PartitionSpec:
   if len(axes) != len(shape):
@@ -304,7 +200,7 @@ def _check_sharded(
   name: str,
   shape: tuple[int, ...],
   axes: Sequence[str | None],
-  mesh: Mesh,
+  mesh: AnyMesh,
   rules: Rules,
 ) -> None:
   """Under rules that shard parameters, a large one must not be left whole."""

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import mesh_checks, partitioning
+from perceiver_ar import logical, mesh_checks, partitioning
 from perceiver_ar.config import Config, SampleConfig
 from perceiver_ar.data import layouts
 from perceiver_ar.errors import UserError
 from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models.cache import Cache
 from perceiver_ar.models.perceiver_ar import PerceiverAR, can_cache
-from perceiver_ar.train_step import Params
+from perceiver_ar.parameters import Params
 
 _PROMPT_CHUNK = 1024  # prompt tokens whose keys are computed together
 _UNCACHED_STEPS = 64  # between looks at the host, without a cache
@@ -230,7 +230,7 @@ def make_empty(config: Config, mesh: Mesh) -> Any:
   empty = functools.partial(
     cache_lib.empty, config.model, how.num_samples, M, how.num_latents
   )
-  inputs, latents = (partitioning.decoding_sharding(mesh, i) for i in (0, 1))
+  inputs, latents = (logical.decoding_sharding(mesh, i) for i in (0, 1))
 
   def sharding(path: Any, leaf: Any) -> Any:
     if not leaf.shape:
@@ -248,9 +248,7 @@ class _Step:
     self._how = config.sample
     self._model = PerceiverAR(config.model)
     self._forbidden = forbidden
-    self._pin = functools.partial(
-      partitioning.decoding, mesh, config.mesh.rules
-    )
+    self._pin = functools.partial(logical.decoding, mesh, config.mesh.rules)
 
   def apply(
     self,

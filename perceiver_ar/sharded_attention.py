@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from perceiver_ar import partitioning
+from perceiver_ar import logical, partitioning
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.ops import attention, context_parallel
 from perceiver_ar.ops.attention import Kernel
@@ -42,8 +42,8 @@ def attend(
   kernel = choose(config, mesh, head_size)
   if mesh.empty:
     return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
-  queries, keys = partitioning.spec(LATENTS), partitioning.spec(key_axes)
-  axis = keys[1]
+  queries, keys = logical.mesh_axes(LATENTS), logical.mesh_axes(key_axes)
+  (axis,) = keys[1] or (None,)
 
   def local(
     q_BNF: jax.Array,
@@ -63,7 +63,8 @@ def attend(
       )
     return attention.attend(q_BNF, k_BMF, v_BMF, mask, turns, kernel)
 
-  return _map(local, queries, keys, q_BNF, k_BMF, v_BMF, mask, turns)
+  where = logical.spec(LATENTS), logical.spec(key_axes)
+  return _map(local, *where, q_BNF, k_BMF, v_BMF, mask, turns)
 
 
 def attend_cache(
@@ -96,7 +97,7 @@ def row_major(x: jax.Array, axes: Sequence[str]) -> jax.Array:
   if device is None or device.platform != 'tpu':
     return x
   layout = Layout(tuple(range(x.ndim)))
-  where = partitioning.spec(axes)
+  where = logical.spec(axes)
   return jax.shard_map(
     lambda x: with_layout_constraint(x, layout),
     in_specs=where,
@@ -129,7 +130,7 @@ def sum_inputs(x_BMF: jax.Array, ids_BM: jax.Array, num_rows: int) -> jax.Array:
   if mesh.empty:
     axes = ()
     return local(x_BMF, ids_BM)
-  where = partitioning.spec(INPUTS)
+  where = logical.spec(INPUTS)
   axes = partitioning.axes_of(where[0]) + partitioning.axes_of(where[1])
   return jax.shard_map(
     local,
@@ -145,7 +146,7 @@ def num_input_shards() -> int:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
-  rows, inputs = partitioning.spec(INPUTS)[:2]
+  rows, inputs = logical.spec(INPUTS)[:2]
   axes = partitioning.axes_of(rows) + partitioning.axes_of(inputs)
   return math.prod(mesh.shape[axis] for axis in axes)
 

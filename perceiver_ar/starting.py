@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from perceiver_ar import (
   checkpoint,
   distributed,
+  parameters,
   partitioning,
   replicas,
   sharded_attention,
@@ -19,8 +20,10 @@ from perceiver_ar import (
 )
 from perceiver_ar.config import Config
 from perceiver_ar.data import pipeline
+from perceiver_ar.gradients import Batch
+from perceiver_ar.parameters import Params
 from perceiver_ar.plan import plans
-from perceiver_ar.train_step import Batch, Params, TrainState
+from perceiver_ar.train_step import TrainState
 
 
 def announce(
@@ -76,7 +79,7 @@ def restore_params(
   distributed.barrier('restore')
   mesh = partitioning.make_mesh(config.mesh, jax.devices())
   workdir.keep_compiled(folder, mesh.devices.flat[0].platform)
-  abstract = train_step.abstract_params(config, mesh)
+  abstract = parameters.abstract(config, mesh)
   step, params = checkpoint.restore_params(
     folder, abstract, step, config.checkpoint.max_host_gb
   )
@@ -100,7 +103,7 @@ def first_state(
   if not source:
     return state
   workdir.check_vocabulary(source, documents)
-  abstract = train_step.abstract_params(config, mesh)
+  abstract = parameters.abstract(config, mesh)
   step, params = checkpoint.restore_params(
     source, abstract, None, config.checkpoint.max_host_gb
   )

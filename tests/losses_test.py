@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 from tiny import make_batch, make_config
 
-from perceiver_ar import losses, train_step
+from perceiver_ar import gradients, losses, parameters
 
 _V = 7
 
@@ -77,10 +77,9 @@ def test_a_fresh_model_is_at_the_logarithm_of_its_vocabulary():
 
   @jax.jit
   def first(key, batch):
-    boxed = train_step._initial_params(config.model, key)
-    params = train_step.nn.unbox(boxed)
+    params = parameters.initial(config.model, key)
     rows = batch | {'row': jnp.arange(4)}
-    return train_step._loss_sum(params, rows, key, config)[1]
+    return gradients._loss_sum(params, rows, key, config)[1]
 
   sums = first(jax.random.key(0), batch)
   # Eight latents of every row that has as many tokens, none of padding.

@@ -8,10 +8,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from tiny import make_config
 
-from perceiver_ar import mesh_checks, partitioning, train_step
+from perceiver_ar import logical, mesh_checks, partitioning, train_step
 from perceiver_ar.config import MESH_AXES, MeshConfig
 from perceiver_ar.errors import UserError
-from perceiver_ar.models import layers
 from perceiver_ar.optimizer import make_optimizer
 
 
@@ -196,10 +195,10 @@ def test_a_batch_that_does_not_divide_over_the_data_is_refused():
 def test_latents_have_rows_over_context_or_are_split():
   mesh = _mesh(data=2, context=4)
   over = partitioning.BATCH_AXES
-  assert partitioning.latent_axes(mesh, 8, 7) == ((*over, 'context'), None)
-  assert partitioning.latent_axes(mesh, 2, 8) == (over, 'context')
+  assert logical.latent_axes(mesh, 8, 7) == ((*over, 'context'), None)
+  assert logical.latent_axes(mesh, 2, 8) == (over, 'context')
   with pytest.raises(UserError) as error:
-    partitioning.latent_axes(mesh, 2, 7)
+    logical.latent_axes(mesh, 2, 7)
   _is_one_sentence(error, 'mesh.context 4', '2 rows', '7 latents')
 
 
@@ -231,8 +230,8 @@ def test_a_global_batch_keeps_its_rows_in_order_over_slices_and_data():
 
 def test_constraints_without_a_rule_raise_instead_of_replicating():
   def run(x):
-    with partitioning.decoding(_mesh(), 'fsdp'):
-      return layers.constrain(x, ('batch', 'colour'))
+    with logical.decoding(_mesh(), 'fsdp'):
+      return logical.constrain(x, ('batch', 'colour'))
 
   with pytest.raises(Exception, match='colour'):
     jax.jit(run)(jnp.ones((8, 2)))

@@ -14,6 +14,7 @@ from perceiver_ar import (
   checkpoint,
   flops,
   main,
+  parameters,
   partitioning,
   starting,
   train,
@@ -175,7 +176,7 @@ def test_parameters_without_replicas_are_counted(sizes, rules, unseen):
   config = config_on(sizes, **{'mesh.rules': rules})
   devices = jax.devices()[: num_devices(config)]
   mesh = partitioning.make_mesh(config.mesh, devices)
-  params = train_step.abstract_params(config, mesh)
+  params = parameters.abstract(config, mesh)
   assert not uncompared(params, 0)
   said = uncompared(params, 1000)
   assert bool(said) == (unseen == 'some')

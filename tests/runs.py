@@ -15,7 +15,7 @@ import pytest
 from states import same
 from tiny import make_config
 
-from perceiver_ar import checkpoint, flops, partitioning, train_step
+from perceiver_ar import checkpoint, flops, parameters, partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.data import layouts, text, tokens, writer
 
@@ -110,7 +110,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def final_params(workdir: pathlib.Path, config: Config) -> tuple[int, Any]:
   mesh = partitioning.make_mesh(config.mesh, jax.devices()[:1])
-  abstract = train_step.abstract_params(config, mesh)
+  abstract = parameters.abstract(config, mesh)
   return checkpoint.restore_params(workdir, abstract, None)
 
 

@@ -4,25 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import config_on
+from steps import config_on, sent
 
-from perceiver_ar import chips, partitioning
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
 from perceiver_ar.ops.masks import Mask
 from perceiver_ar.ops.rotation import Turns
-from perceiver_ar.plan import collectives, programs
-from perceiver_ar.plan.hlo import Module
 
 
 def _sent(mesh, **changes):
-  """The collectives of a training step, compiled for 8 devices."""
-  config = config_on(mesh, **{'model.scan_unroll': 1} | changes)
-  where = partitioning.make_mesh(config.mesh, jax.devices())
-  program = programs.make_program('train', config, where)
-  module = Module(program.function.lower(*program.args).compile().as_text())
-  layers = config.model.num_layers
-  return collectives.collect(module, where, chips.cpu(2**30), layers)
+  return sent(config_on(mesh, **{'model.scan_unroll': 1} | changes))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import make_batch, make_config, make_params
 
-from perceiver_ar import partitioning, train_step
+from perceiver_ar import chips, partitioning, train_step
+from perceiver_ar import gradients as gradients_lib
 from perceiver_ar.config import Config
+from perceiver_ar.plan import collectives, programs
+from perceiver_ar.plan.hlo import Module
 from perceiver_ar.skipping import UsualLoss
 
 SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
@@ -56,14 +59,9 @@ def gradients(config: Config) -> Any:
   mesh, state = place(config)
 
   def run(params: Any, batch: Any) -> Any:
-    with partitioning.activations(
-      mesh,
-      config.mesh.rules,
-      num_rows=config.train.batch_size // config.train.num_microbatches,
-      num_latents=config.model.num_latents,
-    ):
+    with gradients_lib.activations(config, mesh):
       key = jax.random.key(0)
-      return train_step.accumulate(params, batch, key, config)
+      return gradients_lib.accumulate(params, batch, key, config)
 
   shardings = jax.tree.map(lambda x: x.sharding, state.params)
   lowered = jax.jit(run, out_shardings=(shardings, None)).lower(
@@ -71,6 +69,17 @@ def gradients(config: Config) -> Any:
   )
   grads, sums = lowered.compile()(state.params, global_batch(config, mesh))
   return jax.device_get(sums), jax.device_get(grads), lowered.as_text()
+
+
+def sent(config: Config) -> list[collectives.Collective]:
+  """The collectives of a compiled training step."""
+  mesh = partitioning.make_mesh(
+    config.mesh, jax.devices()[: num_devices(config)]
+  )
+  program = programs.make_program('train', config, mesh)
+  module = Module(program.function.lower(*program.args).compile().as_text())
+  num_layers = config.model.num_layers
+  return collectives.collect(module, mesh, chips.cpu(2**30), num_layers)
 
 
 def assert_close(got: Any, want: Any) -> None:

@@ -21,12 +21,12 @@ from steps import (
   gradients,
   num_devices,
   place,
+  sent,
 )
 from tiny import make_batch, make_params
 
-from perceiver_ar import chips, partitioning, skipping, train_step
-from perceiver_ar.plan import collectives
-from perceiver_ar.plan.hlo import Module
+from perceiver_ar import gradients as gradients_lib
+from perceiver_ar import partitioning, skipping, train_step
 
 _TESTS = pathlib.Path(__file__).parent
 _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -100,6 +100,8 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(
     ),
     ('fsdp_tensor_vocab', {'model.vocab_size': 32}),
     ('fsdp_tensor_vocab', {'model.vocab_size': 32, 'model.logits_block': 3}),
+    ('fsdp_tensor', {'train.reduce_gradients_once': False}),
+    ('tensor', {'train.reduce_gradients_once': False}),
     ('fsdp_tensor', {'model.attention': 'flash'}),  # interpreted
     ('fsdp_tensor', {'model.attention': 'flash'} | SINUSOIDAL),
   ],
@@ -148,7 +150,9 @@ def test_microbatches_give_the_sums_of_the_batch(num_microbatches):
 
 
 @pytest.mark.parametrize(
-  'mesh', [{'slice': 2, 'data': 2, 'context': 2}, _slow({})], ids=str
+  'mesh',
+  [{'slice': 2, 'data': 2, 'context': 2}, {'data': 2, 'context': 2}, {}],
+  ids=str,
 )
 @pytest.mark.parametrize(
   'drop',
@@ -170,29 +174,71 @@ def test_what_is_dropped_of_a_row_does_not_depend_on_how_rows_are_cut(
 
 
 @pytest.mark.parametrize(
-  ('mesh', 'axis'),
+  'mesh',
   [
-    _slow({'slice': 2, 'data': 2}, 'slice'),
-    _slow({'data': 2, 'rules': 'replicated'}, 'data'),
+    {'data': 2, 'context': 2},
+    _slow({'slice': 2, 'data': 2}),
+    _slow({'data': 2, 'context': 2, 'model': 2}),
+    _slow({'context': 4, 'rules': 'context'}),
   ],
   ids=str,
 )
-def test_gradients_cross_axes_of_whole_parameters_once_a_step(mesh, axis):
-  sent = []
-  for num_microbatches in (1, 2):
-    config = config_on(mesh, **{'train.num_microbatches': num_microbatches})
-    where, state = place(config)
-    compiled = train_step.make_train_step(config, where).lower(
-      state, global_batch(config, where)
-    )
-    module = Module(compiled.compile().as_text())
-    rows = collectives.collect(
-      module, where, chips.cpu(2**30), config.model.num_layers
-    )
-    rows = [row for row in rows if axis in row.axis]
-    assert num_microbatches == 1 or {r.phase for r in rows} == {'gradient'}
-    sent.append(sum(row.bytes for row in rows))
-  assert 0 < sent[1] <= 1.01 * sent[0]
+def test_gradients_of_all_microbatches_cross_the_mesh_once(mesh):
+  two, four = (_traffic(mesh, num) for num in (2, 4))
+  # Activations go over `model`, where it splits a sum, and over `context`, from
+  # inputs to latents.
+  phases = {
+    r.phase
+    for r in four
+    if r.axis not in ('model', 'context')
+    or (r.axis, r.kind) == ('context', 'all-reduce')
+  }
+  assert phases <= {'gradient', 'optimizer'}
+  # Nor are gradients gathered over `model` to be added up.
+  gathers = [r for r in four if (r.axis, r.kind) == ('model', 'all-gather')]
+  assert {r.phase for r in gathers} <= {'input'}
+  sums = [[r for r in rows if r.phase == 'gradient'] for rows in (two, four)]
+  assert sums[0] == sums[1]
+  split = {'data'} if mesh.get('rules') != 'context' else {'context'}
+  assert split & {r.axis for r in sums[0] if r.kind == 'reduce-scatter'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('mesh', 'waiting'),
+  [
+    ({'slice': 2, 'data': 2}, {'slice'}),
+    ({'data': 2, 'context': 2, 'rules': 'replicated'}, {'data', 'context'}),
+    ({'data': 2, 'context': 2}, set()),
+  ],
+  ids=str,
+)
+def test_or_only_the_axes_of_whole_parameters(mesh, waiting):
+  two, four = (_traffic(mesh, num, once=False) for num in (2, 4))
+
+  def sums(rows, axes):
+    return [
+      (r.axis, r.bytes)
+      for r in rows
+      if r.phase == 'gradient' and set(r.axis.split('+')) & axes
+    ]
+
+  assert sums(two, waiting) == sums(four, waiting)
+  assert bool(sums(two, waiting)) == bool(waiting)
+  others = {'slice', 'data', 'context'} & {*mesh} - waiting
+  for (_, least), (_, most) in zip(
+    sums(two, others), sums(four, others), strict=True
+  ):
+    assert most == 2 * least
+
+
+def _traffic(mesh, num_microbatches, once=True):
+  keys = {
+    'train.batch_size': 16,
+    'train.num_microbatches': num_microbatches,
+    'train.reduce_gradients_once': once,
+  }
+  return sent(config_on(mesh, **keys, **{'model.scan_unroll': 1}))
 
 
 def test_constraints_reach_the_program():
@@ -385,7 +431,7 @@ def test_a_fresh_state_is_where_it_belongs_and_the_same_on_any_mesh():
 
 def test_targets_are_the_next_tokens_and_padding_weighs_nothing():
   tokens = jnp.array([[0, 0, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6], [0] * 6])
-  inputs, targets, weights = train_step.shift(tokens, 3)
+  inputs, targets, weights = gradients_lib.shift(tokens, 3)
   np.testing.assert_array_equal(inputs, tokens[:, :5])
   np.testing.assert_array_equal(targets, [[5, 6, 7], [4, 5, 6], [0, 0, 0]])
   np.testing.assert_array_equal(weights, [[0, 1, 1], [1, 1, 1], [0, 0, 0]])

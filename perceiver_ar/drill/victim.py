@@ -28,6 +28,7 @@ from perceiver_ar import (
   checkpoint,
   distributed,
   flops,
+  gradients,
   main,
   prefetch,
   saved_step,
@@ -133,18 +134,18 @@ def _kill_in_restore(_: bool) -> None:
 
 def _nan_at(steps: Sequence[int]) -> None:
   """The gradients of these steps are not numbers."""
-  accumulate = train_step.accumulate
+  accumulate = gradients.accumulate
 
   def poisoned(*args: Any) -> Any:
     grads, sums = accumulate(*args)
     return jax.tree.map(lambda g: g * jnp.nan, grads), sums
 
   def other(make: Any, state: Any, batch: Any) -> Any:
-    train_step.accumulate = poisoned
+    gradients.accumulate = poisoned
     try:
       return make().lower(state, batch).compile()
     finally:
-      train_step.accumulate = accumulate
+      gradients.accumulate = accumulate
 
   _replace_steps(steps, other)
 

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
-from perceiver_ar import sharded_attention
+from perceiver_ar import logical, sharded_attention
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.models import tables
 from perceiver_ar.models.cache import KeyValue
@@ -26,17 +25,7 @@ from perceiver_ar.ops.rotation import Turn, Turns
 Circle = Turn | None
 """The rotary angles of queries or keys; None without rotary positions."""
 
-Axes = tuple[str | None, ...]
-"""Logical names of the axes of an array."""
-
 _EPSILON = 1e-5  # of variances
-
-
-def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-  """Pins the sharding of `x` by its logical axes, each of which has a rule."""
-  return spmd.with_logical_constraint(
-    x, axes, fallback=spmd.RulesFallback.RAISE_ERROR
-  )
 
 
 def gather(weight: Any, axes: tuple[str, ...], dtype: str) -> jax.Array:
@@ -47,7 +36,7 @@ def gather(weight: Any, axes: tuple[str, ...], dtype: str) -> jax.Array:
   activations, and then computed wrong sums (jaxlib 0.10.2, CPU) with FSDP,
   tensor parallelism and microbatches together.
   """
-  return constrain(weight.astype(dtype), axes)
+  return logical.constrain(weight.astype(dtype), axes)
 
 
 class Linear(nn.Module):
@@ -169,7 +158,7 @@ def _squared_relu_jvp(
 def latents(z_BND: jax.Array) -> jax.Array:
   """The residual stream is whole but for its rows, or its latents."""
   axes = ('rows', 'latents', 'embed')
-  return sharded_attention.row_major(constrain(z_BND, axes), axes)
+  return sharded_attention.row_major(logical.constrain(z_BND, axes), axes)
 
 
 def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
@@ -213,10 +202,10 @@ class Attention(nn.Module):
       contracted=heads,
     )
 
-  def keys_values(self, x_BME: jax.Array, axes: Axes) -> KeyValue:
+  def keys_values(self, x_BME: jax.Array, axes: logical.Axes) -> KeyValue:
     """Not yet rotated."""
     kv = KeyValue(self.key(x_BME), self.value(x_BME))
-    return jax.tree.map(lambda x: constrain(x, axes), kv)
+    return jax.tree.map(lambda x: logical.constrain(x, axes), kv)
 
   def rotated(self, kv: KeyValue, circle: Circle) -> KeyValue:
     return KeyValue(self._rotate(kv.key, circle), kv.value)
@@ -231,7 +220,7 @@ class Attention(nn.Module):
     over: str,
   ) -> jax.Array:
     """Attends over 'latents', 'inputs', or a 'cache' of rotated keys."""
-    q_BNF = constrain(self.query(u_BND), sharded_attention.LATENTS)
+    q_BNF = logical.constrain(self.query(u_BND), sharded_attention.LATENTS)
     turns = Turns(circle, key_circle)
     if self._num_rotated < self.num_heads:
       # Attention would rotate them all.
@@ -308,7 +297,7 @@ class CrossBlock(nn.Module):
       # A row more costs less than to go over all that is found.
       table_VF = jnp.pad(x_1VF[0], ((0, 1), (0, 0)), constant_values=jnp.nan)
       found_BMF = tables.input_rows(table_VF, ids_BM)
-      return constrain(found_BMF, sharded_attention.INPUTS)
+      return logical.constrain(found_BMF, sharded_attention.INPUTS)
 
     return jax.tree.map(take, kv)
 

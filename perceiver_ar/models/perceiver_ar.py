@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from perceiver_ar import sharded_attention
+from perceiver_ar import logical, sharded_attention
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.models import cache as cache_lib
 from perceiver_ar.models import layers, positions, tables
@@ -47,7 +47,7 @@ class Embed(nn.Module):
     self,
     tokens_BM: jax.Array,
     positions_BMP: jax.Array,
-    axes: layers.Axes,
+    axes: logical.Axes,
   ) -> jax.Array:
     c = self.config
     x_BME = self._look_up('token', c.vocab_size, tokens_BM)
@@ -59,7 +59,7 @@ class Embed(nn.Module):
       elif c.position_encoding == 'sinusoidal':
         x_BME += self._sinusoidal(positions_BMP[..., axis], size)
     x_BME = x_BME.astype(c.dtype)
-    return layers.constrain(x_BME, (*axes, 'embed'))
+    return logical.constrain(x_BME, (*axes, 'embed'))
 
   def _sinusoidal(self, at_BM: jax.Array, size: int) -> jax.Array:
     """Of every input; from a table if there are fewer positions than inputs."""
@@ -151,7 +151,7 @@ class PerceiverAR(nn.Module):
   def predict(self, z_BND: jax.Array) -> jax.Array:
     """Logits of some latents out of the last layer, [B, N, V] float32."""
     logits_BNV = self.logits(self.norm(z_BND))
-    return layers.constrain(logits_BNV, ('rows', 'latents', 'vocab'))
+    return logical.constrain(logits_BNV, ('rows', 'latents', 'vocab'))
 
   def encode(
     self,
@@ -175,15 +175,18 @@ class PerceiverAR(nn.Module):
     assert 1 <= N <= M, (N, M)
     row_B = jnp.arange(B) if row_B is None else row_B
     # Ids are small: every device of `context` has all of its rows'.
-    tokens_BM = layers.constrain(tokens_BM, ('batch', None))
-    positions_BMP = layers.constrain(positions_BMP, ('batch', None, None))
+    tokens_BM = logical.constrain(tokens_BM, ('batch', None))
+    positions_BMP = logical.constrain(positions_BMP, ('batch', None, None))
     has_token_BM = tokens_BM != 0
     start_B = jnp.where(has_token_BM.any(1), has_token_BM.argmax(1), M)
     slots_BM = jnp.broadcast_to(jnp.arange(M)[None], tokens_BM.shape)
     ids_BMP, angles_BM = self._positions(positions_BMP, slots_BM, M)
     latents, inputs = ('rows', 'latents'), ('batch', 'context')
-    angles_BN = layers.constrain(angles_BM[:, -N:], latents)
-    z_BND = self._first_latents(tokens_BM[:, -N:], ids_BMP[:, -N:])
+    angles_BN = logical.split(angles_BM[:, -N:], latents)
+    z_BND = self._first_latents(
+      logical.split(tokens_BM[:, -N:], latents),
+      logical.split(ids_BMP[:, -N:], (*latents, None)),
+    )
 
     mask = Mask(offset=M - N, start_B=start_B)
     if self.has_rng('dropout'):
@@ -191,9 +194,13 @@ class PerceiverAR(nn.Module):
         mask, tokens_BM, ids_BMP, angles_BM, row_B
       )
     # Where they are looked up, or XLA would move what it finds there.
-    tokens_BM = layers.constrain(tokens_BM, inputs)
-    ids_BMP = layers.constrain(ids_BMP, (*inputs, None))
-    angles_BM = layers.constrain(angles_BM, inputs)
+    tokens_BM = logical.split(tokens_BM, inputs)
+    ids_BMP = logical.split(ids_BMP, (*inputs, None))
+    angles_BM = logical.split(angles_BM, inputs)
+    mask = jax.tree.map(lambda x: logical.split(x, inputs[: x.ndim]), mask)
+    row_B, first_B = (
+      logical.split(x, ('rows',)) for x in (row_B, start_B - (M - N))
+    )
 
     z_BND = self.cross(
       z_BND,
@@ -204,7 +211,7 @@ class PerceiverAR(nn.Module):
       'inputs',
       row_B,
     )
-    mask = Mask(offset=0, start_B=start_B - (M - N))
+    mask = Mask(offset=0, start_B=first_B)
     z_BND, _ = self.layers(
       z_BND, self._self_circle(angles_BN), mask, None, None, row_B
     )
@@ -356,7 +363,7 @@ class PerceiverAR(nn.Module):
     _, slots_BK = jax.lax.top_k(-order_BM, min(c.num_kept_inputs, M))
     slots_BK = jnp.sort(slots_BK, axis=1)
     # Of whole rows: XLA (jaxlib 0.10.2) fails to split this one over `context`.
-    whole = lambda x: layers.constrain(x, ('batch', None))
+    whole = lambda x: logical.constrain(x, ('batch', None))
     take = lambda x_BM: jnp.take_along_axis(whole(x_BM), slots_BK, axis=1)
     ids_BKP = jnp.stack([take(ids_BMP[..., p]) for p in range(P)], -1)
     mask = dataclasses.replace(mask, slots_BM=slots_BK)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from perceiver_ar import partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 from perceiver_ar.plan import plans
@@ -39,7 +40,9 @@ def smallest_change(
   the plan at hand tells, are not compiled.
   """
   tried = 0
-  for changes in _candidates(config, machine, plan):
+  for changes in _with_sums_of_parts(
+    config, _candidates(config, machine, plan)
+  ):
     if tried == _MOST_COMPILED:
       break
     changed = apply(config, changes)
@@ -53,6 +56,21 @@ def smallest_change(
     if other.fits:
       return changes, other
   return None
+
+
+def _with_sums_of_parts(
+  config: Config, candidates: Iterator[Changes]
+) -> Iterator[Changes]:
+  """Next to parts of the batch, the same without whole gradients."""
+  for changes in candidates:
+    yield changes
+    train, rules = config.train, apply(config, changes).mesh.rules
+    if (
+      'train.num_microbatches' in changes
+      and train.reduce_gradients_once
+      and partitioning.parameter_rules(rules)['embed']
+    ):
+      yield dict(changes) | {'train.reduce_gradients_once': False}
 
 
 def _candidates(

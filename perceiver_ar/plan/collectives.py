@@ -50,8 +50,9 @@ class Collective:
     kind: XLA's name.
     axis: of the mesh; several are joined by '+'.
     network: 'ici' within a slice, 'dcn' between slices.
-    phase: 'input', 'latent', 'gradient' (sums of the latent phase's over the
-      batch) or 'optimizer'.
+    phase: 'input', 'latent', 'gradient' (sums over the batch, but for those of
+      the input phase after every microbatch) or 'optimizer' (with gathers of
+      whole parameters for several microbatches).
     bytes: that one device sends in a step.
     count: how many of them run in a step.
     seconds: that they take at the network's full bandwidth.
@@ -137,7 +138,7 @@ def phase(op_name: str) -> str:
     return 'input'
   if re.search(r'PerceiverAR\.encode(?!\)*/while/)', op_name):
     return 'input'
-  if re.search(r'/gradient/psum', op_name):
+  if re.search(r'/gradient/', op_name):
     return 'gradient'
   if re.search(r'PerceiverAR|jvp\(|\b(norm|logits)\b', op_name):
     return 'latent'

@@ -13,7 +13,6 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from perceiver_ar.config import ModelConfig
 from perceiver_ar.plan.hlo import HOST, Array, Module
@@ -43,7 +42,11 @@ def class_of(argument: str) -> str:
 
 
 def classify(
-  module: Module, analysis: Any, params: Any, model: ModelConfig, trains: bool
+  module: Module,
+  analysis: Any,
+  params: Any,
+  gradients: Any | None,
+  model: ModelConfig,
 ) -> dict[str, int]:
   """Bytes of a device by class.
 
@@ -51,8 +54,8 @@ def classify(
     module: compiled.
     analysis: XLA's, of the same.
     params: abstract, with shardings.
+    gradients: the same, if there are any.
     model: whose layers a loop runs over.
-    trains: whether there is a gradient.
   """
   sizes = dict.fromkeys(CLASSES, 0)
   for instruction in module.computations[module.entry].values():
@@ -62,8 +65,8 @@ def classify(
           sizes[class_of(instruction.op_name)] += array.padded_bytes
   fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   left = analysis.temp_size_in_bytes + max(fresh, 0)
-  if trains:
-    sizes['gradients'] = min(gradient_bytes(params), left)
+  if gradients is not None:
+    sizes['gradients'] = min(tree_bytes(gradients), left)
     kept = kept_by_layers(module, shapes(params), model)
     sizes['activations'] = min(kept, left - sizes['gradients'])
   sizes['temporaries'] = left - sizes['gradients'] - sizes['activations']
@@ -93,14 +96,13 @@ def abstract_classes(args: Any) -> dict[str, int]:
     prefix = 'state' if hasattr(state, 'params') else 'params'
     name = prefix + jax.tree_util.keystr(path)
     sizes[class_of(name)] += shard_bytes(leaf)
-  sizes['batch'] += sum(shard_bytes(leaf) for leaf in jax.tree.leaves(rest))
+  sizes['batch'] += tree_bytes(rest)
   return sizes
 
 
-def gradient_bytes(params: Any) -> int:
-  """Of a device: they are float32, whatever the parameters are."""
-  as_float32 = jax.tree.map(lambda x: x.update(dtype=jnp.float32), params)
-  return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(as_float32))
+def tree_bytes(tree: Any) -> int:
+  """Of a device."""
+  return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def shard_bytes(leaf: Any) -> int:

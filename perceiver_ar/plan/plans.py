@@ -201,8 +201,7 @@ def least_bytes(config: Config, machine: Machine, command: str) -> int:
   mesh = partitioning.make_mesh(config.mesh, machine.devices)
   program = programs.make_program(command, config, mesh)
   sizes = memory.abstract_classes(program.args)
-  if command == 'train':
-    sizes['gradients'] = memory.gradient_bytes(program.params)
+  sizes['gradients'] = memory.tree_bytes(program.gradients)
   return sum(sizes.values())
 
 
@@ -285,8 +284,8 @@ def _read(
       module,
       analysis,
       program.params,
+      program.gradients,
       config.model,
-      program.command == 'train',
     ),
     'needed_bytes': memory.total(analysis),
     'host_bytes': memory.on_host(analysis),
@@ -320,8 +319,7 @@ def _read_refusal(message: str, program: Program) -> dict[str, Any]:
   if not used:
     needed += sum(sizes.values())
   left = max(needed - sum(sizes.values()), 0)
-  if program.command == 'train':
-    sizes['gradients'] = min(memory.gradient_bytes(program.params), left)
+  sizes['gradients'] = min(memory.tree_bytes(program.gradients), left)
   sizes['temporaries'] = left - sizes['gradients']
   largest = tuple(
     f'{_bytes(size, unit) / _GIB:.2f} GiB {shape} {name or ""}'.strip()

@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 from perceiver_ar import (
   evaluate,
   flops,
+  gradients,
   mesh_checks,
+  parameters,
   partitioning,
   sample,
   train_step,
@@ -29,6 +31,7 @@ class Program:
     function: jitted.
     args: their shapes and shardings.
     params: of these, the parameters.
+    gradients: that it adds up, if it does.
     model_flops: that the model needs in one call, over all devices.
     saved_flops: that it does not, thanks to the token table.
     num_tokens: predicted in one call, over all devices.
@@ -38,6 +41,7 @@ class Program:
   function: Any
   args: tuple[Any, ...]
   params: Any
+  gradients: Any | None
   model_flops: int
   saved_flops: int
   num_tokens: int
@@ -59,6 +63,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
     function=train_step.make_train_step(config, mesh),
     args=(state, _batch(config, train.batch_size, M, mesh)),
     params=state.params,
+    gradients=gradients.abstract(config, mesh),
     model_flops=flops.train_flops(config.model) * train.batch_size - saved,
     saved_flops=saved,
     num_tokens=train.batch_size * config.model.num_latents,
@@ -68,7 +73,7 @@ def _train(config: Config, mesh: Mesh) -> Program:
 def _evaluate(config: Config, mesh: Mesh) -> Program:
   how = config.evaluate
   mesh_checks.check_evaluate(config, mesh)
-  params = train_step.abstract_params(config, mesh)
+  params = parameters.abstract(config, mesh)
   batch = _batch(config, how.batch_size, how.context_length, mesh)
   batch['num_scored'] = _ids(mesh, how.batch_size)
   needed = flops.forward_flops(
@@ -86,6 +91,7 @@ def _evaluate(config: Config, mesh: Mesh) -> Program:
     function=evaluate.make_score(config, mesh),
     args=(params, batch),
     params=params,
+    gradients=None,
     model_flops=needed * how.batch_size - saved,
     saved_flops=saved,
     num_tokens=how.batch_size * how.stride,
@@ -102,7 +108,7 @@ def _sample(config: Config, mesh: Mesh) -> Program:
       'all inputs at every token, so sampling has no compiled segment to plan; '
       'plan evaluate instead'
     )
-  params = train_step.abstract_params(config, mesh)
+  params = parameters.abstract(config, mesh)
   B, N, R = how.num_samples, how.num_latents, how.refill_latents
   M = model.context_length
   cache = jax.eval_shape(sample.make_empty(config, mesh))
@@ -121,6 +127,7 @@ def _sample(config: Config, mesh: Mesh) -> Program:
     function=sample.make_segment(config, mesh, ()),
     args=(params, tokens_BR, positions_BSP, cache, count, count),
     params=params,
+    gradients=None,
     model_flops=B * (refill + (drawn - 1) * draw),
     saved_flops=0,
     num_tokens=B * drawn,

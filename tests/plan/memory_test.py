@@ -1,5 +1,6 @@
 """The classes of a device's memory are of the sizes that a step gives them."""
 
+import jax
 import pytest
 from tiny import make_config
 
@@ -22,24 +23,34 @@ def machine():
   return open_machine('cpu:8', 1)
 
 
+def _program(config, machine):
+  mesh = partitioning.make_mesh(config.mesh, machine.devices)
+  return programs.make_program('train', config, mesh)
+
+
 def test_gradients_are_float32_whatever_the_parameters_are(machine):
   half = advice.apply(_CONFIG, {'model.param_dtype': 'bfloat16'})
-  sizes, plain = (
-    programs.make_program(
-      'train', c, partitioning.make_mesh(c.mesh, machine.devices)
-    ).params
-    for c in (half, _CONFIG)
-  )
-  assert memory.gradient_bytes(sizes) == memory.gradient_bytes(plain)
-  assert (
-    memory.gradient_bytes(plain)
-    == memory.abstract_classes((plain,))['parameters']
-  )
+  halves, plain = (_program(c, machine) for c in (half, _CONFIG))
+  size = memory.tree_bytes(plain.gradients)
+  assert memory.tree_bytes(halves.gradients) == size
+  assert memory.tree_bytes(plain.params) == size
   # Two bytes of a parameter are gone, and four of its gradient are there.
   saved = plans.least_bytes(_CONFIG, machine, 'train') - plans.least_bytes(
     half, machine, 'train'
   )
-  assert saved == memory.gradient_bytes(plain) // 2
+  assert saved == size // 2
+
+
+def test_gradients_that_wait_for_all_microbatches_are_whole(machine):
+  parts = {'train.batch_size': 32, 'train.num_microbatches': 2}
+  once, every = (
+    _program(advice.apply(_CONFIG, parts | changes), machine)
+    for changes in ({}, {'train.reduce_gradients_once': False})
+  )
+  whole = sum(x.size for x in jax.tree.leaves(once.params)) * 4
+  assert memory.tree_bytes(once.gradients) == whole
+  size = memory.tree_bytes(every.params)
+  assert memory.tree_bytes(every.gradients) == size < whole
 
 
 @pytest.mark.parametrize('remat', ['full', 'dots'])
