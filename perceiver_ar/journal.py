@@ -1,9 +1,9 @@
 """The journal of a run: what happened to it, and where every second went.
 
 WORKDIR/journal.jsonl keeps every start and end of the run, whatever it was
-that ended it; a process that is refused, or ends before it has the state to go
-on from, has not started it. A line is one JSON object with `time` (seconds
-since the epoch), `at` (the same for people, UTC) and `event`:
+that ended it; what is refused as a mistake leaves no trace. A line is one JSON
+object with `time` (seconds since the epoch), `at` (the same for people, UTC)
+and `event`:
 
   start: config, software and place, `changes` since the last start in words,
     first_step, began (when the process did)
@@ -15,6 +15,8 @@ since the epoch), `at` (the same for people, UTC) and `event`:
   set_aside: a damaged checkpoint
   slow: the host that the others wait for
   end: reason and exit status; a start without an end is a crash
+  failed_start: the same, of a process that ended before it had the state to go
+    on from, and the seconds that it took
 
 and whatever else is told to `event`. Process 0 writes it; on the others, and
 where no run is open, nothing happens. JSON knows no NaN: see metrics.jsonl.
@@ -178,14 +180,29 @@ def end(reason: str, status: int) -> None:
   """The last word; what is said after it is only its echo."""
   # That it cannot be written may be the reason: it must not hide it.
   with _run.lock, contextlib.suppress(Exception):
-    if _run.file is None:
+    path, is_mistake = _run.path, status == errors.MISTAKE
+    if path is None or (_run.file is None and is_mistake):
       return
+    if _run.file is None and not path.exists():
+      return  # it never began
     try:
-      _tell_seconds()
-      event('end', reason=reason, status=status)
+      if _run.file is None:
+        _tell_failed_start(path, reason, status)
+      else:
+        _tell_seconds()
+        event('end', reason=reason, status=status)
     finally:
       file, _run.file, _run.path = _run.file, None, None
-      file.close()
+      if file is not None:
+        file.close()
+
+
+def _tell_failed_start(path: epath.Path, reason: str, status: int) -> None:
+  seconds = round(sum(_account(time.monotonic()).values()), 3)
+  _open(path)
+  _write(_row('failed_start', reason=reason, status=status, seconds=seconds))
+  for row in _run.waiting:
+    _write(row)
 
 
 def end_at_once(reason: str, status: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tiny import make_config
 
 from perceiver_ar import journal, lines, paths, stopping
-from perceiver_ar.errors import UserError
+from perceiver_ar.errors import HostsError, UserError
 
 _DEVICE = types.SimpleNamespace(process_index=0, device_kind='cpu')
 _MESH = types.SimpleNamespace(devices=np.array([_DEVICE, _DEVICE]))
@@ -69,6 +69,26 @@ def test_process_0_alone_writes_and_nobody_without_a_run(tmp_path):
   journal.event('two')
   journal.begin('step')
   assert not list(tmp_path.iterdir())
+
+
+def fail(folder, error):
+  with pytest.raises(type(error)), journal.kept(folder, 0):
+    journal.event('set_aside', step=4, reason='cut short')
+    raise error
+
+
+def test_a_start_that_fails_is_told_of_a_run_and_a_mistake_is_not(tmp_path):
+  with pytest.raises(HostsError), journal.kept(tmp_path, 0):
+    raise HostsError('process 1 is missing')
+  assert not list(tmp_path.iterdir())
+  write(tmp_path, 'one')
+  fail(tmp_path, UserError('another mesh'))
+  fail(tmp_path, HostsError('process 1 is missing'))
+  *before, failed, aside = journal.read(tmp_path)
+  assert [row['event'] for row in before] == ['start', 'one', 'set_aside']
+  assert failed['event'] == 'failed_start' and 0 <= failed['seconds'] < 60
+  assert (failed['reason'], failed['status']) == ('process 1 is missing', 75)
+  assert aside['event'] == 'set_aside'
 
 
 def test_what_happens_before_the_start_comes_after_it(tmp_path):

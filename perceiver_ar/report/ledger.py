@@ -138,7 +138,11 @@ def _found(events: Sequence[Row]) -> list[str]:
   if lost := by_name.pop('lost', []):
     number = sum(row['steps'] for row in lost)
     told.append(f'steps done in vain, after a crash: {number:,}')
-  names = {'set_aside': 'checkpoints set aside', 'skipped': 'skipped steps'}
+  names = {
+    'set_aside': 'checkpoints set aside',
+    'skipped': 'skipped steps',
+    'failed_start': 'starts that failed',
+  }
   for name, some in by_name.items():
     number = [f'{row["step"]:,}' for row in some if 'step' in row]
     more = ', ...' if number[_SHOWN:] else ''
@@ -150,6 +154,9 @@ def _found(events: Sequence[Row]) -> list[str]:
 def _start(rows: Sequence[Row], is_last: bool, steps: Sequence[Row]) -> Start:
   """Of the lines from one start to the next."""
   first, seconds = rows[0], {}
+  failed = [i for i, row in enumerate(rows) if row['event'] == 'failed_start']
+  if failed:  # after it
+    rows, is_last = rows[: failed[0]], False
   last = told = first['time']
   how = _NO_END if is_last else _CRASH
   for row in rows:
@@ -192,5 +199,10 @@ def _seconds(
       seconds['step'] += row['seconds'] - waited
   lost = (row['seconds'] for row in rows if row['event'] == 'lost')
   seconds['lost'] = sum(lost)
+  seconds['start'] += sum(
+    row['seconds']
+    for row in rows
+    if row['event'] == 'failed_start' and row['time'] < starts[-1].began
+  )
   seconds['down'] = max(wall - sum(seconds.values()), 0.0)
   return seconds

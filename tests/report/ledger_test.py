@@ -63,6 +63,21 @@ def test_the_ledger_of_a_run_with_three_starts():
   assert sum(account.seconds.values()) == account.wall
 
 
+def test_starts_that_failed_are_time_and_belong_to_none():
+  failed = [
+    line(1060.0, 'failed_start', reason='no host 1', status=75, seconds=9.0),
+    line(1061.0, 'set_aside', step=26, reason='cut short'),
+  ]
+  account = make([*ROWS[:4], *failed, *ROWS[4:]], STEPS)
+  plain = make(ROWS, STEPS)
+  assert account.starts == plain.starts
+  assert account.seconds['start'] == plain.seconds['start'] + 9.0
+  assert sum(account.seconds.values()) == account.wall == plain.wall
+  assert 'starts that failed: 1' in '\n'.join(ledger.describe(account))
+  last = make([*ROWS[:4], *failed], STEPS[:20]).starts[-1]
+  assert (last.last, last.how) == (1033.0, plain.starts[0].how)
+
+
 def test_every_start_says_how_it_ended():
   told = [ledger.say(x) for x in make(ROWS, STEPS).starts]
   assert 'from step 0 on 8 x v5p, ended without a word (killed' in told[0]
