@@ -126,6 +126,10 @@ check_command() {
   if [[ -n $data && " ${command[*]} " == *' --config.data.path'* ]]; then
     fail "--data=$data sets --config.data.path, too; give one of them"
   fi
+  if [[ " ${command[*]} " == *' --config.data.path'[=\ ]'gs://'* ]]; then
+    fail 'a gs:// --config.data.path is no folder of a host; give it as' \
+      '--data=gs://... in front of --, which copies it there'
+  fi
 }
 
 # Packs the files of this checkout, new and changed ones too.

@@ -336,6 +336,8 @@ def test_a_failing_gcloud_ends_it(stub, verb, more, fails, num_calls):
       ['run', *_WHERE, '--data=gs://a', *_TRAIN, '--config.data.path=b'],
       '--config.data.path',
     ),
+    (['run', *_WHERE, *_TRAIN, '--config.data.path=gs://a'], '--data=gs://'),
+    (['run', *_WHERE, *_TRAIN, '--config.data.path', 'gs://a'], '--data=gs://'),
     (['run', *_WHERE, '--', 'sample'], '-- train'),
     (['run', *_WHERE, '--', 'train', '--workdir=runs/a'], 'gs://'),
   ],
