@@ -50,7 +50,10 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.set_defaults(run=runs[name])
     if name not in ('plan', 'drill', 'report'):
       sub.add_argument(
-        '--workdir', required=True, metavar='DIR', help='the folder of the run'
+        '--workdir',
+        required=name != 'checkpoint',
+        metavar='DIR',
+        help='the folder of the run',
       )
     sub.add_argument(
       '--debug', action='store_true', help='show tracebacks of mistakes'
@@ -184,11 +187,16 @@ def _checkpoint(sub: Any) -> None:
     help='list: steps and sizes; verify: every checksum; diff: what differs '
     'between two steps; export: parameters as safetensors',
   )
+  sub.add_argument(
+    'compared',
+    metavar='DIR',
+    nargs='*',
+    help='right behind diff: two workdirs, or one with two steps',
+  )
   sub.add_argument('--step', type=int, help='diff, export; or newest')
   sub.add_argument(
-    '--other', metavar='DIR', help='diff: the other workdir; or the same'
+    '--other_step', type=int, help='diff: of the second; or newest'
   )
-  sub.add_argument('--other_step', type=int, help='diff; or newest')
   _add_output(sub, 'export: the safetensors file; else write the JSON here')
 
 

@@ -31,8 +31,8 @@ def accumulate(
   With several microbatches, gradients are added up over the mesh once, when all
   are done, if `train.reduce_gradients_once`; for that a device gathers whole
   parameters once a step, and has whole gradients until the end. If not, those
-  that FSDP splits are added up after every microbatch, and only what crosses
-  axes of whole parameters waits, such as the slow network between slices.
+  that FSDP splits are added up after every microbatch, and only axes before the
+  first that splits parameters wait, such as the slow network between slices.
   """
   row_B = jnp.arange(len(batch['tokens']))
   parts = batch | {'row': row_B}
@@ -40,6 +40,8 @@ def accumulate(
   axes = _waiting_axes(config)
   if not axes:
     return run(params, parts, key)
+  mesh = jax.sharding.get_abstract_mesh()
+  specs = jax.tree.map(lambda s: s.spec, parameters.shardings(config, mesh))
 
   def local(params: Params, parts: Batch, key: jax.Array) -> Any:
     params = _by_hand(_gathered, params, specs, axes)
@@ -48,14 +50,12 @@ def accumulate(
       grads = _by_hand(_reduced, grads, specs, axes)
       return grads, jax.lax.psum(sums, axes)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  specs = jax.tree.map(lambda s: s.spec, parameters.shardings(config, mesh))
-  split = jax.tree.map(lambda s: _only(s, axes), specs)
-  whole, batch_axes = PartitionSpec(), PartitionSpec(partitioning.BATCH_AXES)
+  split_params = jax.tree.map(lambda s: _only(s, axes), specs)
+  split_rows = _only(PartitionSpec(partitioning.BATCH_AXES), axes)
   return jax.shard_map(
     local,
-    in_specs=(split, _only(batch_axes, axes), whole),
-    out_specs=(split, whole),
+    in_specs=(split_params, split_rows, PartitionSpec()),
+    out_specs=(split_params, PartitionSpec()),
     axis_names=set(axes),
     check_vma=False,
   )(_kernels_as(config.model.dtype, params), parts, key)
@@ -103,9 +103,15 @@ def _only(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:
 
 
 def _kernels_as(dtype: str, params: Params) -> Params:
-  """As the model would cast them; so their gradients are of half the size."""
+  """As the model would cast them, if that makes them and gradients smaller."""
+  size = jnp.dtype(dtype).itemsize
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: x.astype(dtype) if path[-1].key == 'kernel' else x, params
+    lambda path, x: (
+      x.astype(dtype)
+      if path[-1].key == 'kernel' and x.dtype.itemsize > size
+      else x
+    ),
+    params,
   )
 
 

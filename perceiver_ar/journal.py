@@ -1,7 +1,7 @@
 """The journal of a run: what happened to it, and where every second went.
 
 WORKDIR/journal.jsonl keeps every start and end of the run, whatever it was
-that ended it; what is refused as a mistake leaves no trace. A line is one JSON
+that ended it; one that is refused as a mistake is none. A line is one JSON
 object with `time` (seconds since the epoch), `at` (the same for people, UTC)
 and `event`:
 
@@ -15,8 +15,8 @@ and `event`:
   set_aside: a damaged checkpoint
   slow: the host that the others wait for
   end: reason and exit status; a start without an end is a crash
-  failed_start: the same, of a process that ended before it had the state to go
-    on from, and the seconds that it took
+  failed_start: the same, of a process that ended while it restored the state to
+    go on from, and the seconds that it took
 
 and whatever else is told to `event`. Process 0 writes it; on the others, and
 where no run is open, nothing happens. JSON knows no NaN: see metrics.jsonl.

@@ -8,6 +8,7 @@ computes with what it has.
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -124,24 +125,24 @@ def split(x: jax.Array, axes: Axes) -> jax.Array:
   return constrain(x, axes)
 
 
-def axes_of_sums(rules: str, *, once: bool) -> tuple[str, ...]:
+def axes_of_sums(name: str, *, once: bool) -> tuple[str, ...]:
   """Mesh axes over which gradients can wait for all microbatches.
 
-  Those that rows of latents are split over. Unless it is done `once`, with
-  whole gradients on every device, an axis that splits parameters ends them:
-  rows are counted along the first axes first.
+  Those that rows of latents are split over, up to one that cannot: rows are
+  counted along the first axes first. With whole gradients on every device,
+  `once`, that is one which splits a parameter together with an axis that rows
+  are not split over; else any that splits parameters.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return ()
-  splits = {a for x in parameter_rules(rules).values() for a in axes_of(x)}
-  found = []
-  for axis in mesh_axes(('rows',))[0]:
-    if mesh.shape[axis] > 1:
-      if axis in splits and not once:
-        break
-      found.append(axis)
-  return tuple(found)
+  rows = mesh_axes(('rows',))[0]
+  last = set()
+  for axes in map(axes_of, parameter_rules(name).values()):
+    if not once or any(a not in rows and mesh.shape[a] > 1 for a in axes):
+      last |= set(axes)
+  large = [axis for axis in rows if mesh.shape[axis] > 1]
+  return tuple(itertools.takewhile(lambda axis: axis not in last, large))
 
 
 def latent_axes(

@@ -260,8 +260,9 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
   _refuse(rest, 'checkpoint')
-  read = {'diff': ('step', 'other', 'other_step'), 'export': ('step',)}
-  for name in ('step', 'other', 'other_step'):
+  _check_folders(args)
+  read = {'diff': ('step', 'other_step'), 'export': ('step',)}
+  for name in ('step', 'other_step'):
     if getattr(args, name) is not None and name not in read.get(
       args.action, ()
     ):
@@ -277,12 +278,25 @@ def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
     print(f'{done["parameters"]:,} parameters of step {done["step"]}')
     return 0
   if args.action == 'diff':
-    other = args.other or args.workdir
-    report = inspection.diff(args.workdir, args.step, other, args.other_step)
+    first, other = (args.compared * 2)[:2]
+    report = inspection.diff(first, args.step, other, args.other_step)
     print(json.dumps(report, indent=2))
     write_json(report, args.output)
     return 0
   return _list_or_verify(args)
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+  """A run is --workdir, and two are compared as they stand."""
+  num, is_diff = len(args.compared), args.action == 'diff'
+  if is_diff and (args.workdir or num not in (1, 2)):
+    raise UserError(
+      'checkpoint diff needs two workdirs, as in: checkpoint diff A B; or one, '
+      'as in: checkpoint diff A --step=100 --other_step=200'
+    )
+  if not is_diff and (num or not args.workdir):
+    given = f', not {args.compared[0]}' if num else ''
+    raise UserError(f'checkpoint {args.action} needs --workdir=DIR{given}')
 
 
 def _list_or_verify(args: argparse.Namespace) -> int:

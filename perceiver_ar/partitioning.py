@@ -1,8 +1,8 @@
 """Where arrays live: the mesh, and rules from logical axes to its axes.
 
 Models name the axes of their parameters ('embed', 'heads', ...). A set of
-rules maps these names to mesh axes. Linen applies rules but does not check
-them: it replicates an axis without a rule, drops a mesh axis that is used
+rules maps these names to mesh axes. Linen could apply rules, but would not
+check them: it replicates an axis without a rule, drops a mesh axis that is used
 twice, and takes names of the wrong number. All of that is refused here.
 """
 

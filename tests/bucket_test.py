@@ -123,9 +123,7 @@ def test_a_bucket_is_as_a_disk(bucket, tmp_path):
     assert 'sound' in run(
       tmp_path, 'checkpoint', 'verify', f'--workdir={workdir}'
     )
-  said = run(
-    tmp_path, 'checkpoint', 'diff', f'--workdir={bucket}', f'--other={disk}'
-  )
+  said = run(tmp_path, 'checkpoint', 'diff', bucket, disk)
   differences = json.loads(said[said.index('{') :])
   assert differences == {'steps': [40, 40], 'config': [], 'arrays': []}
   for name in ('metrics.jsonl', 'evaluation.json', 'samples/samples.json'):

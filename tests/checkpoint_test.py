@@ -99,6 +99,12 @@ def test_keeping_no_best_keeps_the_newest_alone(tmp_path):
   assert checkpoint.saved_steps(tmp_path) == [3, 4]
 
 
+def test_the_newest_the_best_and_every_nth_are_kept_together(tmp_path):
+  keep = dataclasses.replace(KEEP, keep_every=4)
+  save(tmp_path, range(1, 12), {2: 3.0, 5: 1.0, 7: 2.0}, keep)
+  assert checkpoint.saved_steps(tmp_path) == [4, 5, 8, 10, 11]
+
+
 def test_temporary_steps_go_when_the_next_is_there_and_some_stay(tmp_path):
   keep = dataclasses.replace(KEEP, save_every=3, keep_best=0, keep_every=6)
   there = []

@@ -37,6 +37,26 @@ def test_diff_names_just_the_array_that_changed(run):
   assert report['arrays'] == [{'name': 'params/a', 'largest_difference': 0.5}]
 
 
+def test_diff_names_what_one_alone_has_and_the_keys_of_another_config(
+  run, tmp_path
+):
+  train = dataclasses.replace(states.CONFIG.train, batch_size=64)
+  config = dataclasses.replace(states.CONFIG, train=train)
+  state = {
+    'step': jnp.int32(1),
+    'params': {'a': jnp.zeros((3, 2)), 'c': jnp.ones(3)},
+  }
+  with Checkpoints(tmp_path, config.checkpoint) as checkpoints:
+    checkpoints.save(1, state, config=config, loss=None)
+  report = inspection.diff(run, 1, tmp_path, None)
+  (line,) = report['config']
+  assert 'train.batch_size' in line and '64' in line
+  shapes = {row['name']: row['shapes'] for row in report['arrays']}
+  assert [*shapes] == ['params/a', 'params/b', 'params/c']
+  assert 'absent' in shapes['params/b'] and 'absent' in shapes['params/c']
+  assert shapes['params/a'][0] != shapes['params/a'][1]
+
+
 def test_a_step_does_not_differ_from_itself(run):
   assert inspection.diff(run, 2, run, 2)['arrays'] == []
 

@@ -46,15 +46,23 @@ def test_too_few_rows_split_the_latents_and_gather_their_keys():
 
 
 @pytest.mark.slow
-def test_what_crosses_context_does_not_grow_with_the_inputs():
-  sent = []
+@pytest.mark.parametrize(
+  'mesh', [{'context': 8}, {'data': 2, 'context': 2, 'model': 2}], ids=str
+)
+def test_what_latents_and_the_context_axis_send_does_not_grow_with_the_inputs(
+  mesh,
+):
+  over_context, of_latents = [], []
   for M in (24, 96):
-    rows = _sent(
-      {'context': 8}, **{'model.context_length': M, 'model.num_latents': 8}
-    )
-    sent.append(sum(r.bytes for r in rows if 'context' in r.axis))
+    sizes = {'model.context_length': M, 'model.num_latents': 8}
+    # Whether a table is less work depends on M.
+    rows = _sent(mesh, **sizes, **{'model.token_table': 'never'})
+    over_context.append(sum(r.bytes for r in rows if 'context' in r.axis))
+    of_latents.append([r for r in rows if r.phase == 'latent'])
   # But for the ids of inputs, four bytes each.
-  assert sent[1] - sent[0] < 4 * 8 * (96 - 24)
+  assert over_context[1] - over_context[0] < 4 * 8 * (96 - 24)
+  assert of_latents[0] == of_latents[1]
+  assert bool(of_latents[0]) == (mesh != {'context': 8})
 
 
 @pytest.mark.parametrize(

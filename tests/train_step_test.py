@@ -46,7 +46,7 @@ _MESHES = [
   _slow({'data': 4}, 2),
   _slow({'data': 4, 'rules': 'replicated'}, 2),
   _slow({'context': 8}, 1),
-  _slow({'context': 4, 'rules': 'context'}, 2),
+  _slow({'data': 2, 'context': 2, 'rules': 'context'}, 2),
   _slow({'model': 2, 'rules': 'tensor'}, 1),
   _slow({'model': 2, 'rules': 'tensor'}, 2),
   _slow({'slice': 2, 'data': 2, 'rules': 'replicated'}, 2),
@@ -213,7 +213,7 @@ def test_gradients_of_all_microbatches_cross_the_mesh_once(mesh):
   ],
   ids=str,
 )
-def test_or_only_the_axes_of_whole_parameters(mesh, waiting):
+def test_or_only_axes_before_the_first_that_splits_parameters(mesh, waiting):
   two, four = (_traffic(mesh, num, once=False) for num in (2, 4))
 
   def sums(rows, axes):
@@ -242,7 +242,7 @@ def _traffic(mesh, num_microbatches, once=True):
 
 
 def test_constraints_reach_the_program():
-  """Without a mesh in the context Linen would leave them out in silence."""
+  """Where no rules are in force they would be left out in silence."""
   mesh = {'data': 2, 'context': 2, 'model': 2}
   _, _, text = gradients(config_on(mesh, **SINUSOIDAL))
   constraints = [x for x in text.splitlines() if 'sharding_constraint' in x]

@@ -88,6 +88,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
   assert process.returncode == 75
   told = re.search(r'SIGTERM: step (\d+) is saved; run again to go on', out)
   assert told, out
+  assert 'chunked attention, float32' in out
   assert checkpoint.saved_steps(tmp_path / 'killed')[-1] == int(told[1]) < 80
 
   process, before = begin('killed'), num_steps()

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from perceiver_ar import checkpoint
+from perceiver_ar import checkpoint, journal
 from perceiver_ar.drill.scene import (
   HANG_SECONDS,
   NUM_STEPS,
@@ -104,6 +104,8 @@ def _slow(scene: Scene) -> None:
   job = scene.finish(faults={'pace': 0.25})
   last = scene.num_processes - 1
   scene.demand(job, f'process {last} .*is slow: .*')
+  if not any(row['event'] == 'slow' for row in journal.read(scene.workdir)):
+    raise Failed('the journal does not tell of the slow host')
 
 
 def _other_hosts(scene: Scene) -> None:
@@ -214,11 +216,11 @@ def _storage(scene: Scene) -> None:
 
 
 def _nan_once(scene: Scene) -> None:
-  scene.finish(faults={'nan_at': [_NAN_STEP]}, on=None)
+  job = scene.finish(faults={'nan_at': [_NAN_STEP]}, on=None)
   row = scene.rows()[_NAN_STEP]
   if not row['skipped']:
     raise Failed(f'step {_NAN_STEP} was not skipped')
-  scene.said = f'step {_NAN_STEP}: skipped, digest {row["data_digest"]}'
+  scene.demand(job, rf'step {_NAN_STEP} is skipped .*{row["data_digest"]}.*')
 
 
 def _nan_many(scene: Scene) -> None:
@@ -252,7 +254,9 @@ def _shard_corrupt(scene: Scene) -> None:
       file.seek(at)
       file.write(bytes([content[at] ^ 0x55]))
   scene.demand_status(job, MISTAKE, RESTART)
-  scene.demand(job, rf'perceiver-ar: .*{shard.name}.*')
+  if MISTAKE not in job.end():
+    raise Failed('no process ended as by a mistake, which it is')
+  scene.demand(job, rf'perceiver-ar: .*{shard.name}: record \d+ .*')
   shard.write_bytes(content)
   scene.finish()
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from perceiver_ar import partitioning
 from perceiver_ar.config import Config
 from perceiver_ar.errors import UserError
 from perceiver_ar.plan import plans
@@ -40,37 +39,42 @@ def smallest_change(
   the plan at hand tells, are not compiled.
   """
   tried = 0
-  for changes in _with_sums_of_parts(
-    config, _candidates(config, machine, plan)
-  ):
-    if tried == _MOST_COMPILED:
-      break
+
+  def attempt(changes: Changes) -> tuple[int, Plan | None]:
+    """By how many bytes it does not fit, and its plan if it was compiled."""
+    nonlocal tried
     changed = apply(config, changes)
     try:
-      if plans.least_bytes(changed, machine, plan.command) > plan.hbm_bytes:
-        continue
+      least = plans.least_bytes(changed, machine, plan.command)
+      if least > plan.hbm_bytes:
+        return least - plan.hbm_bytes, None
       other = plans.make_plan(changed, machine, plan.command, plan.hbm_bytes)
     except UserError:  # this model or batch cannot be laid out so
-      continue
+      return 0, None
     tried += 1
-    if other.fits:
+    return other.needed_bytes - plan.hbm_bytes, other
+
+  for changes in _candidates(config, machine, plan):
+    if tried == _MOST_COMPILED:
+      break
+    missing, other = attempt(changes)
+    if 0 < missing <= _whole_bytes(apply(config, changes), machine, plan):
+      changes = {**changes, 'train.reduce_gradients_once': False}
+      _, other = attempt(changes)
+    if other and other.fits:
       return changes, other
   return None
 
 
-def _with_sums_of_parts(
-  config: Config, candidates: Iterator[Changes]
-) -> Iterator[Changes]:
-  """Next to parts of the batch, the same without whole gradients."""
-  for changes in candidates:
-    yield changes
-    train, rules = config.train, apply(config, changes).mesh.rules
-    if (
-      'train.num_microbatches' in changes
-      and train.reduce_gradients_once
-      and partitioning.parameter_rules(rules)['embed']
-    ):
-      yield dict(changes) | {'train.reduce_gradients_once': False}
+def _whole_bytes(config: Config, machine: Machine, plan: Plan) -> int:
+  """What whole parameters and gradients of microbatches take, about."""
+  if plan.command != 'train' or not config.train.reduce_gradients_once:
+    return 0
+  later = apply(config, {'train.reduce_gradients_once': False})
+  once, every = (
+    plans.least_bytes(c, machine, plan.command) for c in (config, later)
+  )
+  return 2 * (once - every)
 
 
 def _candidates(
@@ -80,6 +84,8 @@ def _candidates(
   if plan.command != 'train':
     yield from _smaller_batches(config, plan.command, sharded)
     return
+  if _whole_bytes(config, machine, plan):
+    yield {'train.reduce_gradients_once': False}
   room = plan.hbm_bytes - sum(plan.bytes_per_chip[name] for name in _FIXED)
   if room > 0:
     yield from _smaller_parts(config, plan, room)

@@ -1,10 +1,11 @@
 """Where a device's memory goes, by class.
 
 Arguments are read from the compiled module, padding included, and named by
-what the step calls them. Of the temporaries the gradients are known (as many as
-the parameters, in float32), and so is what the forward loop over layers keeps
-for the backward one: arrays with one row per layer that are no parameters. The
-rest is called temporaries. All classes together are what XLA says it needs.
+what the step calls them. Of the temporaries the gradients are known (as large
+as the parameters in float32, or as whole ones), and so is what the forward loop
+over layers keeps for the backward one: arrays with one row per layer that are
+no parameters. The rest is called temporaries. All classes together are what XLA
+says it needs.
 """
 
 import math
@@ -67,7 +68,8 @@ def classify(
   left = analysis.temp_size_in_bytes + max(fresh, 0)
   if gradients is not None:
     sizes['gradients'] = min(tree_bytes(gradients), left)
-    kept = kept_by_layers(module, shapes(params), model)
+    known = shapes(params) | shapes(gradients)
+    kept = kept_by_layers(module, known, model)
     sizes['activations'] = min(kept, left - sizes['gradients'])
   sizes['temporaries'] = left - sizes['gradients'] - sizes['activations']
   return sizes
@@ -114,10 +116,10 @@ def shard_bytes(leaf: Any) -> int:
   return math.prod(shape) * leaf.dtype.itemsize
 
 
-def shapes(params: Any) -> set[tuple[int, ...]]:
-  """Of all parameters, whole and as each device holds them."""
+def shapes(tree: Any) -> set[tuple[int, ...]]:
+  """Of all arrays, whole and as each device holds them."""
   found = set()
-  for leaf in jax.tree.leaves(params):
+  for leaf in jax.tree.leaves(tree):
     found |= {_squeezed(leaf.shape)}
     found |= {_squeezed(leaf.sharding.shard_shape(leaf.shape))}
   return found

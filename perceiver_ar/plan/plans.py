@@ -53,7 +53,7 @@ class Plan:
     model_flops: that the model needs for one call, over all devices.
     saved_flops: that it does not, thanks to the token table.
     executed_flops: that are traced: with what is recomputed, and once what
-      all devices do alike, such as the token table.
+      XLA has all devices do alike, such as the token table.
     recomputed_flops: of these, computed a second time for the backward pass.
     kernel_flops: of these, in attention kernels, masked blocks included.
     collectives: empty if it did not compile.

@@ -156,9 +156,9 @@ def _start(rows: Sequence[Row], is_last: bool, steps: Sequence[Row]) -> Start:
   first, seconds = rows[0], {}
   failed = [i for i, row in enumerate(rows) if row['event'] == 'failed_start']
   if failed:  # after it
-    rows, is_last = rows[: failed[0]], False
+    rows = rows[: failed[0]]
   last = told = first['time']
-  how = _NO_END if is_last else _CRASH
+  how = _CRASH if failed or not is_last else _NO_END
   for row in rows:
     last = max(last, row['time'])
     if row['event'] == 'seconds':

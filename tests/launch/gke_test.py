@@ -11,6 +11,8 @@ import jsonschema
 import pytest
 import yaml
 
+from perceiver_ar.errors import MISTAKE, RESTART
+
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / 'launch'))
 
@@ -318,6 +320,13 @@ def test_xpk_is_told_the_same(capsys):
   words = shlex.split(last.removeprefix('#'))
   assert words[:3] == ['xpk', 'workload', 'create']
   flags = dict(word.split('=', 1) for word in words[3:])
+  assert flags['--workload'] == 'books-long'
+  assert flags['--max-restarts'] == '100'
+  assert flags['--termination-grace-period-seconds'] == '600'
+  codes = flags['--restart-on-exit-codes'].split(',')
+  ranges = [[int(x) for x in code.split('-')] for code in codes]
+  restarts = {i for r in ranges for i in range(r[0], r[-1] + 1)}
+  assert RESTART in restarts and not {0, MISTAKE} & restarts
   assert flags['--tpu-type'] == 'v5litepod-4x4'
   assert flags['--num-slices'] == '2'
   assert flags['--docker-image'] == 'repo/it:1'

@@ -133,6 +133,8 @@ def _compare(H, K, mask, turns, dtype, tolerance):
     pytest.param(4, 96, marks=pytest.mark.slow),
     pytest.param(1, 128, marks=pytest.mark.slow),
     pytest.param(1, 256, marks=pytest.mark.slow),
+    pytest.param(1, 512, marks=pytest.mark.slow),
+    pytest.param(1, 1024, marks=pytest.mark.slow),
   ],
 )
 def test_it_equals_reference_at_every_head_size(H, K):

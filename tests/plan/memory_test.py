@@ -53,6 +53,21 @@ def test_gradients_that_wait_for_all_microbatches_are_whole(machine):
   assert memory.tree_bytes(every.gradients) == size < whole
 
 
+@pytest.mark.slow
+def test_whole_parameters_and_gradients_are_no_activations():
+  machine = open_machine('cpu:4', 1)
+  keys = {'mesh.data': 2, 'mesh.model': 2, 'mesh.rules': 'fsdp_tensor'}
+  keys |= {'train.num_microbatches': 2, 'model.remat': 'full'}
+  once, every = (
+    plans.make_plan(
+      advice.apply(_CONFIG, {**keys, 'train.reduce_gradients_once': once}),
+      *(machine, 'train', 2**30),
+    ).bytes_per_chip['activations']
+    for once in (True, False)
+  )
+  assert once == every > 0
+
+
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_layers_that_are_unrolled_keep_as_much(remat):
   keys = {'model.remat': remat}

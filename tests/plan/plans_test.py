@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from runs import compiled_once
 from tiny import make_batch, make_config
 
-from perceiver_ar import flops, partitioning, train_step
+from perceiver_ar import flops, partitioning, starting, train_step
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention, flash_delta
 from perceiver_ar.ops.masks import Mask
@@ -119,6 +120,8 @@ def test_the_page_names_every_class_axis_and_assumption(trained):
     'Assumed',
   ):
     assert words in text, text
+  saved = dataclasses.replace(trained, saved_flops=10**9)
+  assert 'token table 1e+09 FLOPs saved' in page.render(saved)
   assert max(map(len, text.splitlines())) <= 80
 
 
@@ -176,6 +179,26 @@ def test_the_batch_is_computed_in_parts_before_axes_change(
   change = advice.smallest_change(config, machine, plan)
   assert change is not None
   assert change[0] == {'train.num_microbatches': 4}
+
+
+@pytest.mark.parametrize('num', [1, 4])
+def test_sums_of_every_part_are_taken_where_whole_gradients_do_not_fit(
+  monkeypatch, trained, machine, num
+):
+  def needed(config):
+    whole = config.train.reduce_gradients_once * 2**12
+    return 2**20 // config.train.num_microbatches + whole
+
+  start = {'train.batch_size': 64, 'train.num_microbatches': num}
+  config = advice.apply(_CONFIG, start)
+  fake_plans(monkeypatch, trained, needed)
+  plan = dataclasses.replace(
+    trained, config=config, needed_bytes=2**20, hbm_bytes=2**18, fits=False
+  )
+  change = advice.smallest_change(config, machine, plan)
+  assert change is not None
+  more = {'train.num_microbatches': 4} if num == 1 else {}
+  assert change[0] == {**more, 'train.reduce_gradients_once': False}
 
 
 def test_parts_of_the_batch_may_do_without_recomputation(
@@ -354,6 +377,56 @@ def test_a_layout_that_is_refused_says_why_in_its_line(machine):
   config = advice.apply(_CONFIG, {'train.batch_size': 6})
   rows = advice.sweep(config, machine, 'train', 2**30)
   assert 'train.batch_size' in page.render_sweep(rows[:1])
+
+
+@pytest.mark.parametrize('is_checked', [True, False])
+def test_a_run_on_tpu_asks_whether_its_step_fits(monkeypatch, is_checked):
+  def refuse(*_):
+    raise UserError('the train step needs more')
+
+  def compile_anyway(*_):
+    raise ChildProcessError
+
+  monkeypatch.setattr(plans, 'fitting_step', refuse)
+  monkeypatch.setattr(train_step, 'make_train_step', compile_anyway)
+  config = advice.apply(_CONFIG, {'train.check_memory': is_checked})
+  devices = np.array([types.SimpleNamespace(platform='tpu')])
+  mesh = types.SimpleNamespace(devices=devices)
+  with pytest.raises(UserError if is_checked else ChildProcessError):
+    starting.compile_step(config, mesh, None, None)  # pyright: ignore
+
+
+class _Large:
+  """Stands for a compiled step, and for what leads to it."""
+
+  def trace(self, *_):
+    return self
+
+  lower = compile = trace
+
+  def memory_analysis(self):
+    sizes = {'argument': 3, 'output': 2, 'alias': 2, 'temp': 1}
+    return types.SimpleNamespace(
+      **{f'{k}_size_in_bytes': n * 2**30 for k, n in sizes.items()}
+    )
+
+
+def test_a_step_that_devices_have_no_room_for_is_refused(machine, monkeypatch):
+  mesh = partitioning.make_mesh(_CONFIG.mesh, machine.devices)
+  program = programs.make_program('train', _CONFIG, mesh)
+  program = dataclasses.replace(program, function=_Large())
+  monkeypatch.setattr(programs, 'make_program', lambda *_: program)
+
+  def step(num_bytes):
+    device = types.SimpleNamespace(
+      memory_stats=lambda: {'bytes_limit': num_bytes}
+    )
+    mesh = types.SimpleNamespace(local_devices=[device])
+    return plans.fitting_step(_CONFIG, mesh, None)  # pyright: ignore
+
+  with pytest.raises(UserError, match=r'needs 4\.00 GiB of each device'):
+    step(2**32 - 1)
+  assert step(2**32) is program.function
 
 
 @pytest.mark.slow

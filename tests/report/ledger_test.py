@@ -74,8 +74,11 @@ def test_starts_that_failed_are_time_and_belong_to_none():
   assert account.seconds['start'] == plain.seconds['start'] + 9.0
   assert sum(account.seconds.values()) == account.wall == plain.wall
   assert 'starts that failed: 1' in '\n'.join(ledger.describe(account))
-  last = make([*ROWS[:4], *failed], STEPS[:20]).starts[-1]
-  assert (last.last, last.how) == (1033.0, plain.starts[0].how)
+  last = make([*ROWS[:4], *failed], STEPS[:22])
+  assert last.starts[-1].how == plain.starts[0].how
+  # Two steps since it was last heard of, of which one waited for data.
+  assert last.starts[-1].last == 1035.0
+  assert sum(last.seconds.values()) == last.wall == 35.0
 
 
 def test_every_start_says_how_it_ended():

@@ -48,6 +48,8 @@ def test_every_package_is_pinned():
   seen = set()
   needed(ours, (), seen)
   assert ('jax', frozenset({'cuda13'})) in seen  # extras are looked into
+  # Which is not installed where there is no GPU.
+  assert {'jax-cuda13-plugin', 'jax-cuda13-pjrt', 'nvidia-cudnn-cu13'} <= names
   missing = {name for name, _ in seen} - names - {'perceiver-ar'}
   assert not missing, 'pin them in constraints.txt'
 
