@@ -35,7 +35,6 @@ from perceiver_ar.config import Config
 from perceiver_ar.data import copy, layouts, pipeline
 from perceiver_ar.errors import UserError
 from perceiver_ar.gradients import Batch, score_latents, shift
-from perceiver_ar.models.perceiver_ar import PerceiverAR
 from perceiver_ar.parameters import Params
 from perceiver_ar.progress import Progress
 from perceiver_ar.stopping import Interrupted
@@ -264,17 +263,10 @@ def _score(
   with logical.activations(
     mesh, config.mesh.rules, num_rows=len(inputs_BM), num_latents=N
   ):
-    z_BND = PerceiverAR(config.model).apply(
-      {'params': params},
-      inputs_BM,
-      batch['positions'],
-      num_latents=N,
-      method=PerceiverAR.encode,
-    )
-    assert isinstance(z_BND, jax.Array)
     scores = score_latents(
       params,
-      z_BND,
+      inputs_BM,
+      batch['positions'],
       targets_BN,
       config.model,
       z_loss=0.0,

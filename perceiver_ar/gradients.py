@@ -1,6 +1,6 @@
 """Losses of a batch and their gradients, summed over microbatches and devices.
 
-Letters: B batch, M inputs, N latents, V vocabulary.
+Letters: B batch, M inputs, N latents, P position axes, V vocabulary.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ def accumulate(
     params = _by_hand(_gathered, params, specs, axes)
     grads, sums = run(params, parts, key)
     with jax.named_scope('gradient'):
-      grads = _by_hand(_reduced, grads, specs, axes)
+      reduced = functools.partial(_reduced, axes=axes)
+      grads = _by_hand(reduced, grads, specs, axes)
       return grads, jax.lax.psum(sums, axes)
 
   split_params = jax.tree.map(lambda s: _only(s, axes), specs)
@@ -116,7 +117,7 @@ def _kernels_as(dtype: str, params: Params) -> Params:
 
 
 def _by_hand(
-  send: Callable[[jax.Array, PartitionSpec, Sequence[str]], jax.Array],
+  send: Callable[[jax.Array, PartitionSpec], jax.Array],
   tree: Params,
   specs: Any,
   axes: Sequence[str],
@@ -126,7 +127,7 @@ def _by_hand(
   split = jax.tree.map(lambda s: _only(s, others), specs)
   return jax.shard_map(
     lambda tree: jax.tree.map(
-      lambda x, s: send(x, _only(s, axes), axes), tree, specs
+      lambda x, s: send(x, _only(s, axes)), tree, specs
     ),
     in_specs=(split,),
     out_specs=split,
@@ -135,9 +136,7 @@ def _by_hand(
   )(tree)
 
 
-def _gathered(
-  param: jax.Array, spec: PartitionSpec, _: Sequence[str]
-) -> jax.Array:
+def _gathered(param: jax.Array, spec: PartitionSpec) -> jax.Array:
   for dim, over in enumerate(spec):
     if over:
       param = jax.lax.all_gather(param, over, axis=dim, tiled=True)
@@ -198,23 +197,16 @@ def _loss_sum(
     targets_BN, weights_BN = (
       logical.split(x, ('rows', 'latents')) for x in (targets_BN, weights_BN)
     )
-  z_BND = PerceiverAR(model).apply(
-    {'params': params},
-    inputs_BM,
-    batch['positions'],
-    num_latents=N,
-    row_B=batch['row'],
-    rngs={'dropout': key} if drops or model.num_kept_inputs else {},
-    method=PerceiverAR.encode,
-  )
-  assert isinstance(z_BND, jax.Array)
   scores = score_latents(
     params,
-    z_BND,
+    inputs_BM,
+    batch['positions'],
     targets_BN,
     model,
     z_loss=config.train.z_loss,
     label_smoothing=config.train.label_smoothing,
+    row_B=batch['row'],
+    key=key if drops or model.num_kept_inputs else None,
   )
   sums = {name: (x_BN * weights_BN).sum() for name, x_BN in scores.items()}
   sums['num_targets'] = weights_BN.sum()
@@ -223,18 +215,32 @@ def _loss_sum(
 
 def score_latents(
   params: Params,
-  z_BND: jax.Array,
+  inputs_BM: jax.Array,
+  positions_BMP: jax.Array,
   targets_BN: jax.Array,
   config: ModelConfig,
   *,
   z_loss: float,
   label_smoothing: float,
+  row_B: jax.Array | None = None,
+  key: jax.Array | None = None,
 ) -> Sums:
   """`loss`, `z_loss` and `correct` of every latent, [B, N] float32 each.
 
   With `model.logits_block` the logits of so many latents of a row exist at a
-  time, and are computed again for the backward pass.
+  time, and are computed again for the backward pass. Nothing is dropped without
+  a `key`; `row_B` is that of `PerceiverAR.encode`.
   """
+  z_BND = PerceiverAR(config).apply(
+    {'params': params},
+    inputs_BM,
+    positions_BMP,
+    num_latents=targets_BN.shape[1],
+    row_B=row_B,
+    rngs={} if key is None else {'dropout': key},
+    method=PerceiverAR.encode,
+  )
+  assert isinstance(z_BND, jax.Array)
 
   def score(inputs: tuple[jax.Array, jax.Array]) -> Sums:
     z_BnD, targets_Bn = inputs

@@ -221,7 +221,7 @@ def test_a_drill_fails_without_the_protection(
   program = [sys.executable, f'{ROOT}/tests/unprotected.py', removed]
   monkeypatch.setattr(played, 'program', program)
   if name == 'hang':  # which would be waited for to the end
-    monkeypatch.setattr('perceiver_ar.drill.scene._PATIENCE', 60.0)
+    monkeypatch.setattr('perceiver_ar.drill.scene._PATIENCE', 90.0)
   verdict = played.play(fault)
   if verdict.verdict == 'not tried':
     pytest.skip(verdict.said)

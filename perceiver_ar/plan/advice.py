@@ -55,7 +55,7 @@ def smallest_change(
     return other.needed_bytes - plan.hbm_bytes, other
 
   for changes in _candidates(config, machine, plan):
-    if tried == _MOST_COMPILED:
+    if tried >= _MOST_COMPILED:
       break
     missing, other = attempt(changes)
     if 0 < missing <= _whole_bytes(apply(config, changes), machine, plan):

@@ -77,6 +77,7 @@ def test_the_step_is_planned_for_every_chip(chip, num_slices):
       'model.logits_block': 64,
       'mesh.context': 2,
     },
+    {'model.remat': 'offload', 'optimizer.offload': True},
     {
       'model.remat': 'offload',
       'optimizer.offload': True,

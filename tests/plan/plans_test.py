@@ -201,6 +201,23 @@ def test_sums_of_every_part_are_taken_where_whole_gradients_do_not_fit(
   assert change[0] == {**more, 'train.reduce_gradients_once': False}
 
 
+def test_what_helps_in_nothing_is_not_tried_for_ever(
+  monkeypatch, trained, machine
+):
+  """Sums of every part are tried next to whole gradients, and count as well."""
+  start = {'train.batch_size': 4096, 'model.remat': 'full'}
+  config = advice.apply(_CONFIG, start)
+  hbm_bytes = 2**18
+  seen = fake_plans(monkeypatch, trained, lambda _: hbm_bytes + 1)
+  plan = dataclasses.replace(
+    trained, config=config, hbm_bytes=hbm_bytes, fits=False
+  )
+  assert advice.smallest_change(config, machine, plan) is None
+  once = [c.train.reduce_gradients_once for c in seen]
+  assert set(once) == {True, False}
+  assert len(seen) <= advice._MOST_COMPILED + 1
+
+
 def test_parts_of_the_batch_may_do_without_recomputation(
   monkeypatch, trained, machine
 ):
