@@ -56,7 +56,8 @@ def explain(error: BaseException) -> tuple[str, int]:
   if isinstance(error, SaveError):
     return str(error), 1
   said = str(error).partition('\n')[0]
-  if type(error).__name__ == 'JaxRuntimeError':
+  # A program that is run where it is called raises ValueError.
+  if type(error).__name__ in ('JaxRuntimeError', 'ValueError'):
     if 'Gloo' in said:
       return f'another process of the job has gone ({said}); run again', RESTART
     if 'RESOURCE_EXHAUSTED' in said:

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 
-import jax
 import pytest
 from etils import epath
 from states import CONFIG, make_mesh, make_state, same, sharded
@@ -172,12 +171,3 @@ def test_no_damage_to_any_file_yields_a_wrong_value(tmp_path):
       num_damaged[name] += 1
   # No change of the manifest, the config or the index of arrays is harmless.
   assert sum(n >= len(CHANGES) - 1 for n in num_damaged.values()) >= 4
-
-
-def test_a_device_that_is_too_small_is_one_sentence():
-  error = jax.errors.JaxRuntimeError(
-    'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.'
-  )
-  sentence, status = errors.explain(error)
-  assert status == 1
-  assert 'allocate 9 bytes' in sentence and 'perceiver-ar plan' in sentence
