@@ -302,7 +302,7 @@ def test_a_command_that_is_killed_goes_on_with_the_same_text(tmp_path):
   run = tmp_path / 'run'
 
   def begin(*words):
-    return start(tmp_path / 'compiled', *words, f'--workdir={run}')
+    return start(*words, f'--workdir={run}')
 
   def finish(process):
     out, err = process.communicate(timeout=300)

@@ -6,13 +6,10 @@ import pathlib
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What one process has compiled, for all; it goes with this process.
-_COMPILED = tempfile.TemporaryDirectory(prefix='perceiver-ar-compiled-')
 
 # A process that never reaches the barrier of that name.
 _LATE = """
@@ -52,8 +49,6 @@ def start_process(
     | {
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
-      'JAX_COMPILATION_CACHE_DIR': _COMPILED.name,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     },
   )
 

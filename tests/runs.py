@@ -1,7 +1,6 @@
 """Tiny runs on the copy task, in this process or in one of their own."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -74,19 +73,13 @@ def one_device() -> Iterator[None]:
     yield
 
 
-def start(cache: pathlib.Path, *words: str) -> subprocess.Popen[str]:
+def start(*words: str) -> subprocess.Popen[str]:
   """`python -m perceiver_ar.main WORDS`, on one device."""
   return subprocess.Popen(
     [sys.executable, '-m', 'perceiver_ar.main', *words],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    env=os.environ
-    | {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-    },
   )
 
 

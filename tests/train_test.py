@@ -58,14 +58,12 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-  tmp_path, compiled_once
-):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
   """Dropout is on; killed at a random step, and then asked."""
   words = [TINY, '--config.train.num_steps=80', '--config.evaluate.every=10']
 
   def begin(name):
-    return start(compiled_once, 'train', f'--workdir={tmp_path / name}', *words)
+    return start('train', f'--workdir={tmp_path / name}', *words)
 
   def num_rows():
     path = tmp_path / 'killed' / 'metrics.jsonl'

@@ -180,15 +180,18 @@ class Scene:
         ],
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=os.environ
+        env={'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'compiled')}
+        | os.environ
         | {
           'JAX_PLATFORMS': 'cpu',
           'JAX_NUM_CPU_DEVICES': '1',
-          'JAX_COMPILATION_CACHE_DIR': str(self.folder.parent / 'compiled'),
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-          # Nothing here is worth optimising, at every start again.
+          # Nothing here is worth optimising, at every start again; nor does
+          # anybody read from which lines it was made.
           'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-          '--xla_llvm_disable_expensive_passes=true',
+          '--xla_llvm_disable_expensive_passes=true '
+          '--xla_cpu_use_fusion_emitters=false',
+          'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',
         },
       )
 
