@@ -97,6 +97,7 @@ class OptimizerConfig:
   eps: float
   weight_decay: float
   momentum_dtype: str
+  variance_dtype: str
   offload: bool
 
 

@@ -79,6 +79,7 @@ _CHOICES = {
   'optimizer.schedule': ('constant', 'cosine', 'steps', 'rsqrt'),
   'optimizer.gradient': ('sum', 'mean'),
   'optimizer.momentum_dtype': ('float32', 'bfloat16'),
+  'optimizer.variance_dtype': ('float32', 'bfloat16'),
   'mesh.rules': (
     'replicated',
     'fsdp',
@@ -256,6 +257,19 @@ def _check_training(config: Config) -> None:
     f'optimizer.momentum_dtype {optimizer.momentum_dtype} means nothing to '
     'adafactor, which has no momentum; set it to float32',
   )
+  if optimizer.variance_dtype != 'float32':
+    _require(
+      optimizer.name in ('adam', 'adamw', 'lamb'),
+      f'optimizer.variance_dtype {optimizer.variance_dtype} means nothing to '
+      f'{optimizer.name}; set it to float32',
+    )
+    # Half of what its last bit is worth is up to 0.4 % of a number.
+    _require(
+      optimizer.b2 <= 0.99,
+      f'optimizer.b2 {optimizer.b2} lets second moments decay by less than '
+      f'{optimizer.variance_dtype} can tell: they would never fall; lower it '
+      'to 0.99, or set optimizer.variance_dtype to float32',
+    )
   if optimizer.schedule == 'cosine':
     _require(
       optimizer.warmup_steps <= optimizer.decay_start < optimizer.decay_end,

@@ -52,12 +52,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
-  adam = optax.scale_by_adam(
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    mu_dtype=config.momentum_dtype,
-  )
+  adam = _scale_by_adam(config)
   decay = optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
   if config.name == 'adam':
     return adam
@@ -77,6 +72,33 @@ def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
   return optax.trace(
     decay=config.b1, nesterov=True, accumulator_dtype=config.momentum_dtype
   )
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Optax's; second moments rest in a type of their own, which it lacks."""
+  adam = optax.scale_by_adam(
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    mu_dtype=config.momentum_dtype,
+  )
+
+  def cast(state: optax.OptState, dtype: str) -> optax.ScaleByAdamState:
+    assert isinstance(state, optax.ScaleByAdamState)
+    return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+  def init(params: optax.Params) -> optax.OptState:
+    return cast(adam.init(params), config.variance_dtype)
+
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = adam.update(updates, cast(state, 'float32'), params)
+    return updates, cast(state, config.variance_dtype)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

@@ -88,6 +88,14 @@ _SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
       {'optimizer.name': 'adafactor', 'optimizer.momentum_dtype': 'bfloat16'},
       'optimizer.momentum_dtype bfloat16',
     ),
+    (
+      {'optimizer.name': 'sgd', 'optimizer.variance_dtype': 'bfloat16'},
+      'optimizer.variance_dtype bfloat16 means nothing to sgd',
+    ),
+    (
+      {'optimizer.variance_dtype': 'bfloat16', 'optimizer.b2': 0.995},
+      'optimizer.b2 0.995 lets second moments decay by less than bfloat16',
+    ),
     ({'train.num_microbatches': 3}, 'train.batch_size 8 is not divisible'),
     (
       {'optimizer.schedule': 'cosine', 'optimizer.decay_start': 20_000},

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import bad_records
 import jax
@@ -253,6 +251,10 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
     processes=2,
     late=(late, name),
   )
+  assert_names_who_is_missing(job, name, late)
+
+
+def assert_names_who_is_missing(job, name, late):
   waiting = job[1 - late]
   try:
     said, _ = waiting.communicate(timeout=200)
@@ -263,6 +265,43 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
   assert f'{name}: process {late} (' in said
   assert f'did not come within {_SECONDS} s' in said
   assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('command', 'name', 'late'),
+  [
+    ('evaluate', 'restore', 1),
+    ('evaluate', 'evaluation', 0),
+    ('sample', 'sample', 1),
+    ('sample', 'exit', 1),
+  ],
+)
+def test_so_do_those_of_other_commands(alone, command, name, late):
+  job = start_job(
+    command,
+    f'--workdir={alone}',
+    f'--barrier_seconds={_SECONDS}',
+    processes=2,
+    late=(late, name),
+  )
+  assert_names_who_is_missing(job, name, late)
+
+
+@pytest.mark.slow
+def test_the_host_that_waits_for_its_data_is_named(tmp_path):
+  words = ['--config.train.num_steps=10', '--config.train.log_every=10']
+  job = train(tmp_path, *words, processes=3, faults={1: {'starve': 0.3}})
+  said = assert_all_end(job, 0)
+  assert re.search(r'process 1 \(.*\) is slow: .* of them for data', said[0])
+  waits = [row['data_wait'] for row in rows_with_times(tmp_path)]
+  first, starved, last = np.median(waits, axis=0)
+  assert starved > 0.5 > 5 * max(first, last)
+
+
+def rows_with_times(folder):
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  return [row for row in map(json.loads, lines) if 'data_wait' in row]
 
 
 @pytest.mark.slow
@@ -392,65 +431,3 @@ def test_evaluation_and_samples_are_the_same_on_many_hosts(
   assert many['accuracy'] == one['accuracy']
   assert found['texts', 1] == found['texts', processes]
   assert len(found['texts', 1]) == 4
-
-
-# libtpu, where a test before has loaded it, ignores SIGHUP for all processes to
-# come; so do nohup, and shells SIGINT in the background.
-_HEEDING_SIGNALS = """
-import os, signal, sys
-for number in (signal.SIGHUP, signal.SIGINT):
-  signal.signal(number, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
-def local(*words):
-  start = [sys.executable, '-c', _HEEDING_SIGNALS, 'launch/local.py']
-  return subprocess.Popen(
-    [*start, *words],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    cwd=ROOT,
-  )
-
-
-def test_local_processes_have_labels_and_the_first_failure_is_shown(tmp_path):
-  job = local(
-    '--processes=3',
-    '--',
-    'train',
-    TINY,
-    f'--workdir={tmp_path}',
-    '--config.train.batch_size=8',
-  )
-  said, _ = job.communicate(timeout=200)
-  assert job.returncode == 2, said
-  lines = said.splitlines()
-  assert any(line.startswith('[2] flags: process 2 of 3') for line in lines)
-  at = next(i for i, x in enumerate(lines) if 'was the first to fail' in x)
-  assert all(line[:3] in ('[0]', '[1]', '[2]') for line in lines[:at])
-  assert 'with status 2' in lines[at]
-  assert any('train.batch_size' in line for line in lines[at:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ('number', 'status'), [(signal.SIGINT, 130), (signal.SIGHUP, 75)]
-)
-def test_what_stops_all_local_processes_has_them_save(tmp_path, number, status):
-  """Ctrl-C, or a terminal that is closed."""
-  job = local(
-    '--processes=2',
-    '--',
-    *_TRAIN,
-    f'--workdir={tmp_path}',
-    '--config.train.num_steps=5000',
-  )
-  path = tmp_path / 'metrics.jsonl'
-  wait_until(lambda: path.exists() and path.stat().st_size, job)
-  job.send_signal(number)
-  said, _ = job.communicate(timeout=200)
-  assert job.returncode == status, said
-  assert re.search('(SIGINT|SIGTERM): step', said)
-  assert checkpoint.saved_steps(tmp_path)

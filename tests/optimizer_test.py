@@ -175,3 +175,23 @@ def test_clipping_bounds_the_norm_and_zero_does_not_clip():
     )
     updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
     np.testing.assert_allclose(optax.tree.norm(updates), norm, rtol=1e-5)
+
+
+def test_second_moments_in_bfloat16_rise_and_fall_like_those_in_float32():
+  """A gradient that is large for a while, then small."""
+  grads = [4.0] * 50 + [0.25] * 200
+  found = {}
+  for dtype in ('float32', 'bfloat16'):
+    config = _config(warmup_steps=0, b2=0.99, variance_dtype=dtype)
+    optimizer = optimizer_lib.make_optimizer(config)
+    params = {'kernel': jnp.ones((3,))}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    found[dtype] = []
+    for size in grads:
+      updates, state = update({'kernel': jnp.full((3,), size)}, state, params)
+      found[dtype].append(float(updates['kernel'][0]))
+    nu = optax.tree.get(state, 'nu')['kernel']
+    assert nu.dtype == jnp.dtype(dtype)
+  np.testing.assert_allclose(
+    found['bfloat16'], found['float32'], rtol=0.1, atol=0.0
+  )

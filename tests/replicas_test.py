@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from hosts import ends, start_job
 from runs import TINY, compiled_once, copy_config, rows
 from states import make_mesh, make_state
 from steps import config_on, num_devices
@@ -269,3 +270,27 @@ def test_the_command_asks_to_be_started_again(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit) as stopped:
     main.main(words)
   assert stopped.value.code == 0
+
+
+@pytest.mark.slow
+def test_the_host_that_lost_a_bit_is_named_by_all(tmp_path):
+  words = [
+    'train',
+    TINY,
+    f'--workdir={tmp_path}',
+    '--config.train.batch_size=12',
+    '--config.train.check_replicas_every=3',
+    '--config.checkpoint.save_every=4',
+    '--config.evaluate.every=0',
+    '--config.mesh.rules=replicated',
+  ]
+  job = start_job(*words, processes=3, faults={1: {'flip_at': 4}})
+  for status, said in ends(job):
+    assert status == RESTART, said
+    assert re.search(
+      r'found at step 6: .* of process 1 \(.* than on most', said
+    )
+  assert checkpoint.saved_steps(tmp_path) == [4]
+  for status, said in ends(start_job(*words, processes=3)):
+    assert status == 0, said
+  assert checkpoint.saved_steps(tmp_path)[-1] == 12

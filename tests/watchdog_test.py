@@ -26,6 +26,16 @@ def hanging(*args):
 prefetch.placed_batches = hanging
 main.main(sys.argv[1:])
 """
+_HANGS_EVALUATING = """
+import sys, time
+from perceiver_ar import evaluate, main
+score = evaluate.Evaluator.run
+def hanging(*args, asked, **kwargs):
+  score(*args, asked=asked, **kwargs)
+  time.sleep(600)
+evaluate.Evaluator.run = hanging
+main.main(sys.argv[1:])
+"""
 
 
 def test_limits_follow_what_a_kind_takes():
@@ -82,26 +92,32 @@ def test_the_last_save_is_watched_whatever_ended_the_run(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
+@pytest.mark.parametrize(
+  ('code', 'what'),
+  [(_HANGS, 'step 7'), (_HANGS_EVALUATING, 'the evaluation of step 6')],
+)
+def test_what_hangs_ends_the_run_and_says_where(tmp_path, code, what):
   words = [
     'train',
     TINY,
     f'--workdir={tmp_path}',
     '--config.train.hang_seconds=2',
+    '--config.evaluate.every=6',
+    '--config.checkpoint.save_every=4',
   ]
   process = subprocess.Popen(
-    [sys.executable, '-c', _HANGS, *words],
+    [sys.executable, '-c', code, *words],
     stderr=subprocess.PIPE,
     text=True,
   )
   _, said = process.communicate(timeout=120)
   assert process.returncode == 75, said
-  assert 'hangs in step 7: ' in said
-  assert "the last barrier was 'save'" in said
+  assert f'hangs in {what}: ' in said
+  assert "the last barrier was 'evaluation'" in said
   assert 'in hanging' in said and 'most recent call first' in said
   assert checkpoint.saved_steps(tmp_path) == [4]
   end = journal.read(tmp_path)[-1]
-  assert (end['reason'], end['status']) == ('hung in step 7', 75)
+  assert (end['reason'], end['status']) == (f'hung in {what}', 75)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax._src import cache_key
 
@@ -32,8 +33,10 @@ from perceiver_ar import (
   main,
   prefetch,
   saved_step,
+  starting,
   train_step,
 )
+from perceiver_ar.data import pipeline
 
 
 def run(faults: dict[str, Any], words: Sequence[str]) -> None:
@@ -96,6 +99,52 @@ def _hang_at(step: int) -> None:
 def _pace(seconds: float) -> None:
   """For what is done to a run from outside, while it goes on."""
   _before_steps(lambda now: time.sleep(seconds))
+
+
+def _starve(seconds: float) -> None:
+  """Its storage takes so long for every batch."""
+  original = pipeline.train_batches
+
+  def loaded(*args: Any, **kwargs: Any) -> Generator[dict[str, Any]]:
+    batches = original(*args, **kwargs)
+    with contextlib.closing(batches):
+      for batch in batches:
+        time.sleep(seconds)
+        yield batch
+
+  pipeline.train_batches = loaded
+
+
+def _flip_at(step: int) -> None:
+  """A bit of this process's copies of a parameter is lost in that step."""
+  compile_step = starting.compile_step
+
+  def compiled(*args: Any) -> Any:
+    run = compile_step(*args)
+
+    def flipping(state: Any, batch: Any) -> Any:
+      now = int(state.step)
+      state, sums = run(state, batch)
+      if now == step:
+        leaves, tree = jax.tree.flatten(state.params)
+        params = jax.tree.unflatten(tree, [_flipped(leaves[0]), *leaves[1:]])
+        state = dataclasses.replace(state, params=params)
+      return state, sums
+
+    return flipping
+
+  starting.compile_step = compiled
+
+
+def _flipped(array: jax.Array) -> jax.Array:
+  shards = []
+  for shard in array.addressable_shards:
+    content = np.array(shard.data)
+    content.reshape(-1).view(np.uint8)[0] ^= 1
+    shards.append(jax.device_put(content, shard.device))
+  return jax.make_array_from_single_device_arrays(
+    array.shape, array.sharding, shards
+  )
 
 
 def _kill_in_save(number: int) -> None:
@@ -196,12 +245,14 @@ def _replace_steps(
 
 _FAULTS: dict[str, Callable[[Any], None]] = {
   'fail_in_save': _fail_in_save,
+  'flip_at': _flip_at,
   'hang_at': _hang_at,
   'kill_at': _kill_at,
   'kill_in_restore': _kill_in_restore,
   'kill_in_save': _kill_in_save,
   'nan_at': _nan_at,
   'pace': _pace,
+  'starve': _starve,
   'without': _without,
 }
 
