@@ -103,7 +103,7 @@ def get_config(arg: str = '') -> ConfigDict:
   o.eps = 1e-8
   o.weight_decay = 0.0  # adamw, lamb, adafactor: matrices only
   o.momentum_dtype = 'float32'  # of first moments: float32, bfloat16
-  o.variance_dtype = 'float32'  # of second ones; bfloat16 with b2 up to 0.99
+  o.variance_dtype = 'float32'  # of second ones; bfloat16: b2 up to 0.95
   o.offload = False  # moments rest in the memory of the host
 
   c.mesh = s = ConfigDict()

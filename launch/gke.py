@@ -5,8 +5,9 @@
     -- train --config=configs/books.py:long
 
 The same command on every host; a host that is lost restarts all of them, a
-mistake (exit status 2) none. --dry_run shows the manifest, and XPK's command
-for the same, and needs no cluster.
+mistake (exit status 2) none. `evaluate` and `sample` run the same way.
+--dry_run shows the manifest, and XPK's command for the same, and needs no
+cluster.
 """
 
 import argparse
@@ -20,12 +21,14 @@ from typing import NoReturn
 
 import yaml
 from jobset import DATA, Job, jobset, max_name_length, xpk_command
-from tpus import GENERATIONS, Slice, UserError, find_slice
+from tpus import GENERATIONS, UserError, find_slice
 
 _USAGE = (
   'gke.py --topology=CHIP:GRID --image=IMAGE --bucket=gs://BUCKET [FLAG ...] '
-  '-- train --config=FILE.py[:ARG] [--config.SECTION.KEY=VALUE ...]'
+  '-- train|evaluate|sample [--config=FILE.py[:ARG]] '
+  '[--config.SECTION.KEY=VALUE ...]'
 )
+_COMMANDS = ('train', 'evaluate', 'sample')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,7 +181,10 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     'none, as the image has it, or the config needs none',
   )
   parser.add_argument(
-    '--name', help='of the run; default: that of its config, such as books-long'
+    '--name',
+    help='of the run; default: that of its config, such as books-long, or of '
+    'its --workdir. For evaluate and sample the JobSet has that behind it, as '
+    'in books-long-sample',
   )
   parser.add_argument(
     '--namespace', help="of the cluster; default: kubectl's current one"
@@ -207,10 +213,17 @@ def make_job(args: argparse.Namespace, command: Sequence[str]) -> Job:
       f'--data={args.data} must be a gs:// path; upload the prepared folder '
       'with gcloud storage cp --recursive'
     )
+  if not command or command[0] not in _COMMANDS:
+    raise UserError(
+      'the trainer is told to train, evaluate or sample behind --, as in: '
+      '-- train --config=configs/books.py:long'
+    )
   name = args.name or _name_of(command)
-  _check_name(name, tpu, args.num_slices)
+  # Beside the JobSet that trained it, which stays where it is.
+  ending = '' if command[0] == 'train' else f'-{command[0]}'
+  _check_name(name, max_name_length(tpu, args.num_slices) - len(ending))
   return Job(
-    name=name,
+    name=name + ending,
     namespace=args.namespace,
     image=args.image,
     command=_complete(
@@ -228,15 +241,26 @@ def make_job(args: argparse.Namespace, command: Sequence[str]) -> Job:
 
 
 def _name_of(command: Sequence[str]) -> str:
-  """Such as 'books-long', of --config=configs/books.py:long."""
+  """Such as 'books-long', of --config=configs/books.py:long.
+
+  Of the --workdir, for commands that take the config from there.
+  """
   configs = [word[9:] for word in command if word.startswith('--config=')]
   file, _, arg = configs[-1].partition(':') if configs else ('', '', '')
-  words = re.findall(r'[a-z0-9]+', f'{Path(file).stem} {arg}'.lower())
+  name = f'{Path(file).stem} {arg}'
+  if command[0] != 'train' and not configs:
+    workdir = _value(command, '--workdir')
+    if workdir is None:
+      raise UserError(
+        f'{command[0]} needs a run that was trained: its --name in front of '
+        '--, or its --workdir behind it'
+      )
+    name = Path(workdir).name
+  words = re.findall(r'[a-z0-9]+', name.lower())
   return '-'.join(words) or 'perceiver-ar'
 
 
-def _check_name(name: str, tpu: Slice, num_slices: int) -> None:
-  room = max_name_length(tpu, num_slices)
+def _check_name(name: str, room: int) -> None:
   if len(name) > room or not re.fullmatch(r'[a-z]([a-z0-9-]*[a-z0-9])?', name):
     raise UserError(
       f'--name={name} must begin with a letter, have only a-z, 0-9 and - in '
@@ -248,11 +272,6 @@ def _complete(
   command: Sequence[str], workdir: str, has_data: bool
 ) -> tuple[str, ...]:
   """The whole command line of a host, with its folders."""
-  if not command or command[0] != 'train':
-    raise UserError(
-      'the trainer is told what to do behind --, as in: -- train '
-      '--config=configs/books.py:long'
-    )
   words = ['perceiver-ar', *command]
   given = _value(command, '--workdir')
   if given is None:

@@ -26,7 +26,7 @@ class Job:
   """What to run, and where.
 
   Attributes:
-    name: of the JobSet, and of the run's folder in the bucket.
+    name: of the JobSet.
     command: of every host.
     data: gs:// folder to be copied to `DATA`, or None.
     ramdisk, disk: GiB for the container's /ramdisk and /scratch, or 0.

@@ -25,6 +25,7 @@ from typing import Any
 
 _LAST_LINES = 20  # of the process that failed
 _PATIENCE = 15.0  # seconds that the others have to end, once one has failed
+_AS_ASKED = (75, 130)  # exit statuses after SIGTERM and Ctrl-C
 _COLOURS = (36, 33, 35, 32, 34, 31)  # of labels, on a terminal
 
 
@@ -80,13 +81,15 @@ class Job:
     if failed is None:
       return 0
     status = _status(self._processes[failed])
+    if self._is_as_asked(failed):
+      return status
     with contextlib.suppress(OSError):
       print(f'process {failed} was the first to fail, with status {status}:')
       print(''.join(self._last[failed]), end='', flush=True)
     return status
 
   def _wait(self) -> int | None:
-    """Until all have ended; the one that failed first."""
+    """Until all have ended; the one that failed first, or ended as asked."""
     failed, deadline = None, float('inf')
     left = len(self._processes)
     while left:
@@ -97,10 +100,17 @@ class Job:
           self._signal(signal.SIGKILL)
         continue
       left -= 1
-      if failed is None and self._processes[process].returncode:
+      if not self._processes[process].returncode:
+        continue
+      if failed is None:
         # Those that end with it may have words of their own to say.
         failed, deadline = process, time.monotonic() + _PATIENCE
+      elif self._is_as_asked(failed) and not self._is_as_asked(process):
+        failed = process
     return failed
+
+  def _is_as_asked(self, process: int) -> bool:
+    return self._asked and _status(self._processes[process]) in _AS_ASKED
 
   def _pass_on(self, number: int, frame: Any) -> None:
     del frame

@@ -10,6 +10,7 @@ Runs the trainer on Cloud TPU VMs, asked for as a queued resource.
                    [--runtime=]
   tpu_vm.sh run    --name=N --zone=Z [--num_slices=] [--max_restarts=] [--data=]
                    -- train --config=FILE.py[:ARG] --workdir=gs://BUCKET/RUN
+                   (or evaluate or sample, with the --workdir of a run)
   tpu_vm.sh logs   --name=N --zone=Z [--num_slices=] [--worker=]
   tpu_vm.sh delete --name=N --zone=Z
 
@@ -115,9 +116,9 @@ everywhere() {
 }
 
 check_command() {
-  if [[ ${command[0]:-} != train ]]; then
-    fail 'the trainer is told what to do behind --, as in: -- train' \
-      '--config=configs/books.py:long --workdir=gs://BUCKET/RUN'
+  if [[ ! ${command[0]:-} =~ ^(train|evaluate|sample)$ ]]; then
+    fail 'the trainer is told to train, evaluate or sample behind --, as in:' \
+      '-- train --config=configs/books.py:long --workdir=gs://BUCKET/RUN'
   fi
   if [[ " ${command[*]} " != *' --workdir'[=\ ]'gs://'* ]]; then
     fail 'all hosts must see one --workdir; add --workdir=gs://BUCKET/RUN' \

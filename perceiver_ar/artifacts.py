@@ -5,11 +5,10 @@ are finished, with their prompt: a MIDI file with a piano roll and, where there
 is a synthesizer, its sound; a PNG, and one picture of all.
 """
 
-import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,16 +180,18 @@ def _write_grid(
 
 def write_samples(
   sampler: Sampler,
-  codec: tokens.Codec,
   prompts: Sequence[Prompt],
   how: SampleConfig,
+  codec: tokens.Codec,
   folder: epath.PathLike,
   known: drawn_lib.Drawn,
+  watch: Callable[[str, str], None] = lambda kind, what: None,
 ) -> dict[str, Any]:
   """Draws samples of every prompt and writes them to FOLDER/sample-I.*.
 
   A sample ends early where it draws EOS, and where its document is full. What
   is `known` is not drawn again; it is kept up to date, and removed at the end.
+  `watch` is told what begins, as `watchdog.Watchdog` wants it.
 
   Returns:
     What `samples.json` says of them; file names are relative to the folder.
@@ -216,9 +217,12 @@ def write_samples(
       own = drawn[-how.num_samples :]
       before_BT = known.of(i, how.num_samples)
       _take(own, before_BT, progress)
+      watch('prompt', f'reading prompt {i}')
       for new_BT in _new_tokens(sampler, prompt, length, before_BT):
+        watch('sample', f'going on from prompt {i}')
         known.add(i, new_BT)
         _take(own, new_BT, progress)
+  watch('end', 'writing the samples')
   seconds = time.monotonic() - start
   num_tokens = sum(len(sample.ids) for sample in drawn) - num_known
   about = [
@@ -247,12 +251,15 @@ def draw_along(
   prompts: Sequence[Prompt],
   how: SampleConfig,
   known: drawn_lib.Drawn,
+  watch: Callable[[str, str], None],
 ) -> None:
   """What `write_samples` draws on process 0, on the others: nothing is kept."""
   for i, prompt in enumerate(prompts):
     length = sampler.room(len(prompt.tokens_T), how.length)
     before_BT = known.of(i, how.num_samples)
-    collections.deque(_new_tokens(sampler, prompt, length, before_BT), maxlen=0)
+    watch('prompt', f'reading prompt {i}')
+    for _ in _new_tokens(sampler, prompt, length, before_BT):
+      watch('sample', f'going on from prompt {i}')
 
 
 def _new_tokens(

@@ -6,8 +6,8 @@ so every step carries a manifest: the dtype, the shape and a checksum of every
 array, the loss and a digest of the config, itself under a digest. Nothing is
 restored that does not agree with it.
 
-A checkpoint is the folder WORKDIR/checkpoints/STEP, and may be copied
-anywhere.
+A checkpoint is the folder WORKDIR/checkpoints/STEP; a copy in the checkpoints
+of another WORKDIR is one, too.
 """
 
 import contextlib
@@ -117,6 +117,11 @@ class Checkpoints:
     """Raises SaveError if the last save has failed; waits for none."""
     if self._manager.failure or not self._manager.is_saving_in_progress():
       self.wait()  # not at all
+
+  def writing(self) -> float:
+    """For how many seconds the last save goes on by now; 0: it is over."""
+    saved, is_on = self._saved, self._manager.is_saving_in_progress()
+    return saved[1].seconds() if saved and is_on else 0.0
 
   @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:
@@ -232,11 +237,9 @@ class Checkpoints:
     damaged, found = _newest_sound(
       self._workdir, abstract_state, '', None, max_gb
     )
-    instead = 'no sound step is left'
-    if found is not None:
-      instead = f'step {found[0]} is used instead'
+    used = f'step {found[0]} is used instead' if found else 'none else is sound'
     for error in damaged:
-      self._set_aside(error, instead)
+      self._set_aside(error, used)
     if found is not None:
       self._measure_restore(*found, meter)
     elif not damaged:
@@ -322,11 +325,11 @@ def restore_until(
     UserError: it holds another model.
   """
   damaged, found = _newest_sound(workdir, abstract_state, '', last, max_host_gb)
-  instead = 'no step before it is sound'
-  if found is not None:
-    instead = f'step {found[0]} is used instead'
+  used = 'no step before it is sound'
+  if found:
+    used = f'step {found[0]} is used instead'
   for error in damaged:
-    _warn('%s; %s', error, instead)
+    _warn('%s; %s', error, used)
   return found
 
 
@@ -344,8 +347,7 @@ def load_config(workdir: Path, step: int) -> Config:
 
 def load_fingerprint(workdir: Path, step: int) -> str:
   """Of the data set that a checkpoint was trained on; '' if it says none."""
-  folder = step_folder(workdir, step)
-  return saved_step.read_manifest(folder).get('data', '')
+  return saved_step.read_manifest(step_folder(workdir, step)).get('data', '')
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -386,9 +388,8 @@ def _free_place(workdir: epath.Path, step: int) -> epath.Path:
 
 
 def step_folder(workdir: Path, step: int) -> epath.Path:
-  steps = saved_steps(workdir)
   folder = paths.absolute(workdir) / _CHECKPOINTS
-  if step not in steps:
+  if step not in (steps := saved_steps(workdir)):
     there = ', '.join(map(str, steps)) or 'none'
     raise UserError(f'{folder} has no step {step}; it has: {there}')
   return folder / str(step)

@@ -4,6 +4,7 @@ Nothing is renamed or moved: a run may be writing to the same folder.
 """
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def verify(workdir: Path) -> list[dict[str, Any]]:
     try:
       folder = checkpoint.step_folder(workdir, step)
       for name in saved_step.read_manifest(folder)['arrays']:
-        read_array(folder, name)
+        read_arrays(folder, [name])
     except UserError as error:
       if step not in checkpoint.saved_steps(workdir):
         continue
@@ -94,7 +95,7 @@ def diff(
   rows = []
   for name in sorted({*names[0], *names[1]}):
     a, b = (
-      read_array(folder, name) if name in there else None
+      read_arrays(folder, [name])[name] if name in there else None
       for folder, there in zip(folders, names, strict=True)
     )
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
@@ -119,11 +120,9 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
 
   step = _chosen(workdir, step)
   folder, prefix = checkpoint.step_folder(workdir, step), 'params/'
-  arrays = {
-    name.removeprefix(prefix): read_array(folder, name)
-    for name in saved_step.read_manifest(folder)['arrays']
-    if name.startswith(prefix)
-  }
+  known = saved_step.read_manifest(folder)['arrays']
+  read = read_arrays(folder, [x for x in known if x.startswith(prefix)])
+  arrays = {name.removeprefix(prefix): array for name, array in read.items()}
   target = epath.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   target.write_bytes(save(arrays, metadata={'step': str(step)}))
@@ -131,17 +130,23 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
   return {'step': step, 'arrays': len(arrays), 'parameters': num}
 
 
-def read_array(folder: epath.Path, name: str) -> np.ndarray:
-  """One of a step, checked, on this host.
+def read_arrays(
+  folder: epath.Path, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """Those of a step, checked, on this host.
 
   Raises:
     Damaged: the files are not those that were saved.
   """
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  dtype, shape, _ = saved_step.read_manifest(folder)['arrays'][name]
-  abstract = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)}
+  known = saved_step.read_manifest(folder)['arrays']
+  abstract = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name in names
+    for dtype, shape, _ in [known[name]]
+  }
   tree = saved_step.restore(folder, nest(abstract), '', partial=True)
-  return np.asarray(flatten(tree)[name])
+  return {name: np.asarray(array) for name, array in flatten(tree).items()}
 
 
 def _chosen(workdir: Path, step: int | None) -> int:

@@ -119,13 +119,16 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
   workdir.check_vocabulary(args.workdir, documents)
   pipeline.check_compatible(config.model, documents)
   workdir.agree(config, documents, step=str(args.step))
-  mesh, step, params = starting.restore_params(
-    config, args.workdir, args.step, samples=False
-  )
-  evaluator = evaluate.Evaluator(config, documents, mesh)
   is_first = jax.process_index() == 0
-  distributed.barrier('evaluation')
-  report = {'step': step} | evaluator.run(params, visible=is_first)
+  with starting.watched(config) as watchdog:
+    mesh, step, params = starting.restore_params(
+      config, args.workdir, args.step, samples=False
+    )
+    evaluator = evaluate.Evaluator(config, documents, mesh)
+    distributed.barrier('evaluation')
+    begins = lambda: watchdog.watch('evaluation', 'the evaluation') or 0
+    report = evaluator.run(params, visible=is_first, asked=begins)
+  report = {'step': step} | report
   if is_first:
     folder = epath.Path(args.workdir)
     write_json(report, folder / 'evaluation.json', args.output)
@@ -135,16 +138,8 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _sample(args: argparse.Namespace, rest: list[str]) -> int:
-  keys = [
-    'num_samples',
-    'length',
-    'temperature',
-    'top_p',
-    'top_k',
-    'seed',
-    'num_latents',
-    'refill_latents',
-  ]
+  keys = ['num_samples', 'length', 'temperature', 'top_p', 'top_k', 'seed']
+  keys += ['num_latents', 'refill_latents']
   if args.num_latents and args.refill_latents is None:
     args.refill_latents = max(args.num_latents // 2, 1)
   config = _run_config(args, rest, 'sample', keys)
@@ -168,35 +163,33 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
   workdir.agree(
     config, trained, step=str(args.step), prompts=saved_step.digest(said)
   )
-  mesh, step, params = starting.restore_params(
-    config, args.workdir, args.step, samples=True
-  )
-  sampler = sample.Sampler(
-    config,
-    params,
-    mesh,
-    layout=trained.layout,
-    forbidden=trained.codec.forbidden,
-  )
   folder = epath.Path(args.workdir) / 'samples'
-  at = checkpoint.step_folder(args.workdir, step)
-  arrays = saved_step.read_manifest(at)['arrays']
-  request = saved_step.digest([config.to_json(), arrays, said])
-  known = drawn.open_drawn(folder, request)
-  distributed.barrier('sample')
-  if jax.process_index():
-    artifacts.draw_along(sampler, prompts, config.sample, known)
-    distributed.barrier('exit')
-    return 0
-  report: dict[str, Any] = {'step': step}
-  report |= artifacts.write_samples(
-    sampler, trained.codec, prompts, config.sample, folder, known
-  )
-  write_json(report, folder / 'samples.json', args.output)
-  print(
-    f'{len(report["samples"])} samples from step {step} in {folder} '
-    f'({report["tokens_per_second"]:,.0f} tokens/s)'
-  )
+  with starting.watched(config) as watchdog:
+    mesh, step, params = starting.restore_params(
+      config, args.workdir, args.step, samples=True
+    )
+    codec = trained.codec
+    sampler = sample.Sampler(
+      config, params, mesh, layout=trained.layout, forbidden=codec.forbidden
+    )
+    at = checkpoint.step_folder(args.workdir, step)
+    arrays = saved_step.read_manifest(at)['arrays']
+    request = saved_step.digest([config.to_json(), arrays, said])
+    known = drawn.open_drawn(folder, request)
+    distributed.barrier('sample')
+    own = sampler, prompts, config.sample
+    if jax.process_index():
+      artifacts.draw_along(*own, known, watchdog.watch)
+    else:
+      report: dict[str, Any] = {'step': step}
+      report |= artifacts.write_samples(
+        *own, codec, folder, known, watchdog.watch
+      )
+      write_json(report, folder / 'samples.json', args.output)
+      print(
+        f'{len(report["samples"])} samples from step {step} in {folder} '
+        f'({report["tokens_per_second"]:,.0f} tokens/s)'
+      )
   distributed.barrier('exit')
   return 0
 
@@ -204,7 +197,8 @@ def _sample(args: argparse.Namespace, rest: list[str]) -> int:
 def _plan(args: argparse.Namespace, rest: list[str]) -> int:
   if not any(word.startswith('--config=') for word in rest):
     raise UserError('plan needs --config=FILE.py[:ARG]; see configs/')
-  if args.output and not paths.absolute(args.output).parent.is_dir():
+  output = paths.absolute(args.output or '')
+  if not paths.is_bucket(output) and not output.parent.is_dir():
     raise UserError(f'--output={args.output} lies in no folder; make it first')
   config = config_files.resolve(rest, None)
   from perceiver_ar.plan import advice, page, plans
@@ -221,11 +215,11 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> int:
   report = plan.to_dict()
   print(page.render(plan), end='')
   if not plan.fits:
-    change = advice.smallest_change(config, machine, plan)
-    print('\n' + page.render_change(plan, change), end='')
-    report['change'] = change and {
-      'keys': dict(change[0]),
-      'plan': change[1].to_dict(),
+    found = advice.smallest_change(config, machine, plan)
+    print('\n' + page.render_change(plan, found), end='')
+    report['change'] = found.change and {
+      'keys': dict(found.change[0]),
+      'plan': found.change[1].to_dict(),
     }
   write_json(report, args.output)
   return 0
@@ -235,6 +229,10 @@ def _drill(args: argparse.Namespace, rest: list[str]) -> int:
   _refuse(rest, 'drill')
   if args.processes < 1:
     raise UserError(f'--processes={args.processes} must be at least 1')
+  import jax
+
+  # Its jobs run there, and a run may hold the accelerators.
+  jax.config.update('jax_platforms', 'cpu')
   from perceiver_ar.drill import drills
 
   if args.list:

@@ -24,6 +24,7 @@ from perceiver_ar.gradients import Batch
 from perceiver_ar.parameters import Params
 from perceiver_ar.plan import plans
 from perceiver_ar.train_step import TrainState
+from perceiver_ar.watchdog import Watchdog
 
 
 def announce(
@@ -92,6 +93,12 @@ def restore_params(
     line = f'{_devices(mesh)}; {", ".join(kernels)} attention, {model.dtype}'
     print(line, file=sys.stderr)
   return mesh, step, params
+
+
+def watched(config: Config) -> Watchdog:
+  """Of a command that only reads: one process alone holds up nobody."""
+  seconds = config.train.hang_seconds if jax.process_count() > 1 else 0.0
+  return Watchdog(seconds, 'restore', 'restoring the parameters')
 
 
 def first_state(

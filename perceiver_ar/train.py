@@ -81,6 +81,7 @@ def train_and_evaluate(config: Config, folder: epath.PathLike) -> int:
     checkpoint.Checkpoints(folder, config.checkpoint) as checkpoints,
     watchdog.until_saved(),
   ):
+    watchdog.watch_writing(checkpoints.writing)
     restored = checkpoints.restore_newest(abstract)
     first_step = restored[0] if restored else 0
     if restored:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from perceiver_ar import distributed, journal
@@ -46,6 +46,7 @@ class Watchdog:
       lambda: collections.deque(maxlen=_REMEMBERED)
     )
     self._now = kind, what, self._clock()
+    self._writing: Callable[[], float] = lambda: 0.0
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -79,6 +80,14 @@ class Watchdog:
     """One of this kind has taken so long."""
     self._taken[kind].append(seconds)
 
+  def watch_writing(self, seconds: Callable[[], float]) -> None:
+    """Beside all else, as it goes on in the background.
+
+    Args:
+      seconds: of the save that is being written; 0 where none is.
+    """
+    self._writing = seconds
+
   @contextlib.contextmanager
   def until_saved(self) -> Iterator[None]:
     """After this, whatever ends it, only the last save is waited for."""
@@ -108,6 +117,8 @@ class Watchdog:
       taken = self._clock() - since
       if kind and taken > self.limit(kind):
         self._end(kind, what, taken)
+      elif (writing := self._writing()) > self.limit(WRITE):
+        self._end(WRITE, f'writing a checkpoint, in {what}', writing)
 
   def _end(self, kind: str, what: str, taken: float) -> None:
     # Whatever hangs, the file system or the other processes with it.

@@ -55,7 +55,7 @@ def write(script, codec, prompts, folder, num_samples=2, request='this'):
   sampler: Any = script
   known = drawn.open_drawn(epath.Path(folder), request)
   return artifacts.write_samples(
-    sampler, codec, prompts, how.sample, folder, known
+    sampler, prompts, how.sample, codec, folder, known
   )
 
 

@@ -272,13 +272,16 @@ def test_a_state_may_be_donated_right_after_saving(tmp_path):
 def test_a_copy_elsewhere_is_still_a_checkpoint(tmp_path):
   save(tmp_path / 'here', [1], {1: 0.5})
   shutil.copytree(tmp_path / 'here', tmp_path / 'there')
+  one = 'checkpoints/1'
+  shutil.copytree(tmp_path / 'here' / one, tmp_path / 'alone' / one)
   shutil.rmtree(tmp_path / 'here')
   abstract = sharded(make_mesh(4, 2), make_state())
-  with checkpoint.Checkpoints(tmp_path / 'there', KEEP) as checkpoints:
-    restored = checkpoints.restore_newest(abstract)
-  assert restored is not None
-  assert same(restored[1], make_state(1))
-  assert checkpoint.load_config(tmp_path / 'there', 1) == CONFIG
+  for name in ('there', 'alone'):
+    with checkpoint.Checkpoints(tmp_path / name, KEEP) as checkpoints:
+      restored = checkpoints.restore_newest(abstract)
+    assert restored is not None
+    assert same(restored[1], make_state(1))
+    assert checkpoint.load_config(tmp_path / name, 1) == CONFIG
 
 
 def test_steps_are_listed_and_verified_without_the_model(tmp_path):
@@ -292,6 +295,29 @@ def test_steps_are_listed_and_verified_without_the_model(tmp_path):
   assert rows[0]['reason'] and not rows[1]['reason']
   assert checkpoint.saved_steps(tmp_path) == [1, 2]
   assert inspection.list_steps(tmp_path / 'nowhere') == []
+
+
+def test_a_save_tells_for_how_long_it_goes_on(tmp_path, monkeypatch):
+  over, save = threading.Event(), ocp.JsonCheckpointHandler.async_save
+
+  class Slow:
+    def result(self, timeout=None):
+      over.wait(60)
+
+  async def slow(*args, **kwargs):
+    return [*(await save(*args, **kwargs) or []), Slow()]
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', slow)
+  state = jax.device_put(make_state(1), jax.devices()[0])
+  with checkpoint.Checkpoints(tmp_path, KEEP) as checkpoints:
+    assert checkpoints.writing() == 0
+    checkpoints.save(1, state, config=CONFIG, loss=None)
+    first = checkpoints.writing()
+    assert 0 < first < checkpoints.writing()
+    over.set()
+    checkpoints.wait()
+    assert checkpoints.writing() == 0
+  assert checkpoint.saved_steps(tmp_path) == [1]
 
 
 class DiskFull:

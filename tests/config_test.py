@@ -93,8 +93,8 @@ _SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
       'optimizer.variance_dtype bfloat16 means nothing to sgd',
     ),
     (
-      {'optimizer.variance_dtype': 'bfloat16', 'optimizer.b2': 0.995},
-      'optimizer.b2 0.995 lets second moments decay by less than bfloat16',
+      {'optimizer.variance_dtype': 'bfloat16', 'optimizer.b2': 0.99},
+      'optimizer.b2 0.99 has second moments change by less than bfloat16',
     ),
     ({'train.num_microbatches': 3}, 'train.batch_size 8 is not divisible'),
     (

@@ -43,6 +43,7 @@ _ALSO = {
   ('config_checks', 'config'),  # its types
   ('data', 'config'),  # takes its section
   ('starting', 'plan'),
+  ('starting', 'watchdog'),
   ('train', 'starting'),
   ('train', 'prefetch'),
   ('replay', 'prefetch'),

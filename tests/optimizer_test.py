@@ -178,11 +178,11 @@ def test_clipping_bounds_the_norm_and_zero_does_not_clip():
 
 
 def test_second_moments_in_bfloat16_rise_and_fall_like_those_in_float32():
-  """A gradient that is large for a while, then small."""
-  grads = [4.0] * 50 + [0.25] * 200
+  """Until they rest: for a gradient that is large, small, and as before."""
+  grads = [4.0] * 300 + [0.25] * 500 + [1.0] * 300
   found = {}
   for dtype in ('float32', 'bfloat16'):
-    config = _config(warmup_steps=0, b2=0.99, variance_dtype=dtype)
+    config = _config(warmup_steps=0, b2=0.95, variance_dtype=dtype)
     optimizer = optimizer_lib.make_optimizer(config)
     params = {'kernel': jnp.ones((3,))}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -193,5 +193,5 @@ def test_second_moments_in_bfloat16_rise_and_fall_like_those_in_float32():
     nu = optax.tree.get(state, 'nu')['kernel']
     assert nu.dtype == jnp.dtype(dtype)
   np.testing.assert_allclose(
-    found['bfloat16'], found['float32'], rtol=0.1, atol=0.0
+    found['bfloat16'], found['float32'], rtol=0.05, atol=0.0
   )

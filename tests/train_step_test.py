@@ -117,6 +117,25 @@ def test_nor_do_they_with_what_else_a_model_may_have(rules, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'mesh',
+  [{'slice': 2, 'data': 2}, {'slice': 2, 'data': 2, 'model': 2}],
+  ids=str,
+)
+def test_nor_where_sums_wait_for_slices_alone(mesh):
+  parts = {
+    'train.reduce_gradients_once': False,
+    'train.num_microbatches': 2,
+  }
+  sums, grads, _ = gradients(
+    config_on(mesh | {'rules': 'fsdp_tensor'}, **parts)
+  )
+  one_sums, one_grads, _ = gradients(config_on({}))
+  assert_close(sums, one_sums)
+  assert_close(grads, one_grads)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('other', [False, True])
 @pytest.mark.parametrize('num_microbatches', [1, 2])
 def test_all_four_axes_together_give_the_sums_of_one_device(

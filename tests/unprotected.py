@@ -31,8 +31,17 @@ def _replace(owner, name, value):
   setattr(owner, name, value)
 
 
-def forgets_what_was_saved():
-  _replace(checkpoint.Checkpoints, 'restore_newest', lambda *_: None)
+def moves_what_it_reads():
+  restore = saved_step.restore
+
+  def moving(folder, *args, **kwargs):
+    away = folder.parent.parent / folder.name
+    folder.rename(away)
+    state = restore(away, *args, **kwargs)
+    away.rename(folder)
+    return state
+
+  saved_step.restore = moving
 
 
 def keeps_rows_that_come_again():
@@ -42,6 +51,13 @@ def keeps_rows_that_come_again():
 def writes_where_it_is_read():
   """A checkpoint has its name before it is complete."""
   _replace(atomicity, '_get_tmp_directory', lambda final: final)
+  rename = atomicity.async_path.rename
+
+  async def unless_it_is_there(path, target):
+    if path != target:
+      await rename(path, target)
+
+  _replace(atomicity.async_path, 'rename', unless_it_is_there)
 
 
 def knows_no_signals():
@@ -85,12 +101,17 @@ def believes_every_checksum():
   }
 
 
-def does_not_ask_whether_it_is_saved():
-  _replace(
-    checkpoint.Checkpoints,
-    '_saving',
-    lambda _: contextlib.suppress(Exception),
-  )
+def passes_over_saves_that_fail():
+  def passing(method):
+    def call(*args, **kwargs):
+      with contextlib.suppress(errors.SaveError):
+        return method(*args, **kwargs)
+
+    return call
+
+  for name in ('save', 'check', 'wait', 'close'):
+    method = getattr(checkpoint.Checkpoints, name)
+    _replace(checkpoint.Checkpoints, name, passing(method))
 
 
 def takes_any_gradient():

@@ -73,6 +73,20 @@ def test_time_at_barriers_does_not_count(monkeypatch):
   assert ended[0][:2] == ('save', 'the checkpoint')
 
 
+def test_a_save_in_the_background_is_watched_beside_all_else(monkeypatch):
+  ended = []
+  monkeypatch.setattr(Watchdog, '_end', lambda _, *what: ended.append(what))
+  with Watchdog(0.1) as watchdog:
+    watchdog.learn('write', 0.5)
+    watchdog.watch_writing(lambda: 4.9)
+    watchdog.begin('step', 'step 7')
+    time.sleep(0.3)
+    assert not ended
+    watchdog.watch_writing(lambda: 5.1)
+    time.sleep(0.3)
+  assert ended[0] == ('write', 'writing a checkpoint, in step 7', 5.1)
+
+
 def test_the_last_save_is_watched_whatever_ended_the_run(monkeypatch):
   ended = []
   monkeypatch.setattr(Watchdog, '_end', lambda _, *what: ended.append(what))
@@ -122,16 +136,26 @@ def test_what_hangs_ends_the_run_and_says_where(tmp_path, code, what):
 
 @pytest.mark.slow
 def test_a_host_that_stops_ends_the_others(tmp_path):
-  job = start_job(
-    'train',
-    TINY,
-    f'--workdir={tmp_path}',
+  words = [
     '--config.train.num_steps=100000',
     '--config.train.hang_seconds=5',
-    processes=2,
-  )
+  ]
+  job = start_job('train', TINY, f'--workdir={tmp_path}', *words, processes=2)
   path = tmp_path / 'metrics.jsonl'
   wait_until(lambda: path.exists() and path.stat().st_size > 5000, job[0])
+  assert_the_first_ends(job)
+  # So it does in an evaluation, of which a line tells that it goes on.
+  words = ['--config.train.hang_seconds=5', '--config.evaluate.batch_size=2']
+  words.append('--config.data.num_eval_documents=100000')
+  job = start_job('evaluate', f'--workdir={tmp_path}', *words, processes=2)
+  output = job[0].stdout
+  assert output is not None
+  assert any(' blocks/s' in line for line in output)
+  assert_the_first_ends(job)
+
+
+def assert_the_first_ends(job):
+  """When the second one stops."""
   job[1].send_signal(signal.SIGSTOP)
   try:
     said, _ = job[0].communicate(timeout=100)

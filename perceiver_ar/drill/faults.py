@@ -93,10 +93,11 @@ def _sigterm(scene: Scene) -> None:
 
 
 def _hang(scene: Scene) -> None:
-  job = scene.start(faults=_PACED | {'hang_at': 10})
-  scene.demand_restart(job, RESTART)
-  scene.demand(job, f'hangs in .* {HANG_SECONDS:.0f} s')
-  scene.demand(job, 'most recent call first')  # the stacks
+  for on, step in zip(_ends(scene), (10, 14), strict=False):
+    job = scene.resume(faults=_PACED | {'hang_at': step}, on=on)
+    scene.demand_restart(job, RESTART)
+    scene.demand(job, f'hangs in .* {HANG_SECONDS:.0f} s')
+    scene.demand(job, 'most recent call first')  # the stacks
   scene.finish()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perceiver_ar import checkpoint, metrics, saved_step
-from perceiver_ar.errors import MISTAKE, RESTART, UserError
+from perceiver_ar import checkpoint, inspection, metrics, saved_step
+from perceiver_ar.errors import RESTART, UserError
 
 SAVE_EVERY = 4
 NUM_STEPS = 16
@@ -226,12 +226,10 @@ class Scene:
         )
 
   def demand_restart(self, job: Job, some: int) -> None:
-    """All have ended, one of them so, and launchers start them again."""
-    statuses = job.end()
-    for process, status in enumerate(statuses):
-      if status in (0, MISTAKE):
-        raise Failed(f'process {process} ended with status {status}')
-    if some not in statuses:
+    """All have ended, one of them so, and the others to be started again."""
+    # With process 0 goes the service of JAX, which ends whoever is in a step.
+    self.demand_status(job, some, RESTART, -signal.SIGABRT)
+    if some not in job.end():
       raise Failed(f'no process ended with status {some}: {job.last_words()}')
 
   def resume(self, *words: str, **how: Any) -> Job:
@@ -239,10 +237,13 @@ class Scene:
     reached = len(self.rows())
     job = self.start(*words, **how)
     job.end()
+    self._count_lost(reached, job)
+    return job
+
+  def _count_lost(self, reached: int, job: Job) -> None:
     if 'train data: ' in job.said():  # else it has not begun
       found = re.search(r'goes on from step (\d+)', job.said())
       self.lost = max(self.lost, reached - (int(found[1]) if found else 0))
-    return job
 
   def finish(self, **how: Any) -> Job:
     job = self.resume(**how)
@@ -252,12 +253,14 @@ class Scene:
 
   def stop_at(self, step: int) -> Job:
     """Trains to about this step, asks one to end, and all have saved."""
+    reached = len(self.rows())
     job = self.start(faults={'pace': 0.1})
     # One that is asked before it has met the others leaves them waiting.
     job.wait_for(lambda: 'train data: ' in job.said(), 'its first step')
     self.until(job, step)
     job.processes[-1].send_signal(signal.SIGTERM)
     self.demand_status(job, RESTART)
+    self._count_lost(reached, job)
     return job
 
   def _trace(self) -> Trace:
@@ -269,6 +272,7 @@ class Scene:
     step = checkpoint.saved_steps(self.seen)[-1]
     folder = checkpoint.step_folder(self.seen, step)
     arrays = saved_step.read_manifest(folder)['arrays']
+    inspection.read_arrays(folder, [*arrays])  # they are what it says
     return Trace(rows, arrays, self.seen)
 
 

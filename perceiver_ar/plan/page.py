@@ -6,6 +6,7 @@ from typing import Any
 from perceiver_ar.chips import HOST_BANDWIDTH
 from perceiver_ar.errors import UserError
 from perceiver_ar.plan import timing
+from perceiver_ar.plan.advice import Advice
 from perceiver_ar.plan.plans import Plan
 
 _GIB = 2**30
@@ -20,9 +21,7 @@ def render(plan: Plan) -> str:
   return '\n\n'.join('\n'.join(block) for block in blocks) + '\n'
 
 
-def render_change(
-  plan: Plan, change: tuple[Mapping[str, Any], Plan] | None
-) -> str:
+def render_change(plan: Plan, advice: Advice) -> str:
   """What makes a plan fit that does not."""
   parts = {k: v for k, v in plan.bytes_per_chip.items() if v}
   name = max(parts, key=lambda key: parts[key])
@@ -30,11 +29,9 @@ def render_change(
     f'It does not fit. The most is {_words(name)}: {_gib(parts[name])} of '
     f'{_gib(plan.needed_bytes)} GiB.'
   )
-  if change is None:
-    return (
-      f'{first}\nNo change of rematerialisation, microbatches or axes fits.\n'
-    )
-  changes, other = change
+  if advice.change is None:
+    return f'{first}\n{_none_fits(advice)}\n'
+  changes, other = advice.change
   flags = ' '.join(f'--config.{key}={value}' for key, value in changes.items())
   return (
     f'{first}\nThe smallest change that makes it fit, compiled:\n  {flags}\n'
@@ -190,6 +187,12 @@ def _assumptions(plan: Plan) -> Iterator[str]:
   )
   if plan.assumed_trips is not None:
     yield f'  loops that do not say how often: {plan.assumed_trips} times'
+
+
+def _none_fits(advice: Advice) -> str:
+  if advice.was_cut:
+    return f'None of the {advice.num_compiled} changes that were compiled fits.'
+  return 'No change of rematerialisation, microbatches or axes fits.'
 
 
 def _gib(size: float) -> str:

@@ -152,7 +152,7 @@ def make_plan(
     UserError: the mesh, the batch or the model do not fit the machine.
   """
   config = _over_slices(config, machine)
-  mesh = partitioning.make_mesh(config.mesh, machine.devices)
+  mesh = make_mesh(config, machine)
   program = programs.make_program(command, config, mesh)
   num_parameters = sum(x.size for x in jax.tree.leaves(program.params))
   print(
@@ -192,13 +192,23 @@ def make_plan(
   )
 
 
+def make_mesh(config: Config, machine: Machine) -> Mesh:
+  """The mesh of a config on a machine, over all of its slices.
+
+  Raises:
+    UserError: it does not fit the machine.
+  """
+  mesh = _over_slices(config, machine).mesh
+  return partitioning.make_mesh(mesh, machine.devices)
+
+
 def least_bytes(config: Config, machine: Machine, command: str) -> int:
   """What a device needs for what goes in and the gradients, whatever it does.
 
   Nothing is compiled.
   """
   config = _over_slices(config, machine)
-  mesh = partitioning.make_mesh(config.mesh, machine.devices)
+  mesh = make_mesh(config, machine)
   program = programs.make_program(command, config, mesh)
   sizes = memory.abstract_classes(program.args)
   sizes['gradients'] = memory.tree_bytes(program.gradients)

@@ -5,9 +5,11 @@ and has no step twice; the rest off the journal. So a crash costs the account
 nothing but the last minute of whatever was no step.
 """
 
+import bisect
 import collections
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Sequence
 
 from perceiver_ar import metrics
@@ -18,6 +20,7 @@ from perceiver_ar.report import page, training
 NAMES = {
   'step': 'steps that count',
   'lost': 'steps done in vain',
+  'unfinished': 'steps that did not end',
   'data': 'waiting for data',
   'start': 'starting',
   'compile': 'compiling',
@@ -59,12 +62,14 @@ class Ledger:
     wall: seconds from the first start to when it was last heard of, the time
       between starts included.
     seconds: the same, by the names of `NAMES`.
+    memory: the most bytes of process 0 that a save took, and a restore.
     events: whatever else happened.
   """
 
   starts: list[Start]
   wall: float
   seconds: dict[str, float]
+  memory: dict[str, int]
   events: list[Row]
 
   @property
@@ -89,6 +94,7 @@ def make(rows: Sequence[Row], steps: Sequence[metrics.Row]) -> Ledger | None:
     starts=starts,
     wall=wall,
     seconds=_seconds(starts, rows, steps, wall),
+    memory=_memory(rows),
     events=[row for row in rows if row['event'] not in quiet],
   )
 
@@ -107,6 +113,9 @@ def describe(ledger: Ledger) -> list[str]:
     if seconds >= 0.5
   ]
   told.append(f'where the time went: {", ".join(spent)}')
+  if ledger.memory:
+    most = [f'{num / 1e9:.3g} GB to {x}' for x, num in ledger.memory.items()]
+    told.append(f'memory of the host, at most: {", ".join(most)}')
   return told + _found(ledger.events)
 
 
@@ -127,6 +136,15 @@ def at(time: float) -> str:
   """A time for people, where they are."""
   moment = datetime.datetime.fromtimestamp(time)
   return moment.isoformat(' ', 'seconds')
+
+
+def _memory(rows: Sequence[Row]) -> dict[str, int]:
+  """By what was done: save, restore."""
+  most: dict[str, int] = {}
+  for row in rows:
+    if row['event'] == 'memory' and row['bytes'] is not None:
+      most[row['doing']] = max(row['bytes'], most.get(row['doing'], 0))
+  return most
 
 
 def _found(events: Sequence[Row]) -> list[str]:
@@ -199,6 +217,7 @@ def _seconds(
       seconds['step'] += row['seconds'] - waited
   lost = (row['seconds'] for row in rows if row['event'] == 'lost')
   seconds['lost'] = sum(lost)
+  seconds['unfinished'] = _unfinished(starts, rows, steps)
   seconds['start'] += sum(
     row['seconds']
     for row in rows
@@ -206,3 +225,25 @@ def _seconds(
   )
   seconds['down'] = max(wall - sum(seconds.values()), 0.0)
   return seconds
+
+
+def _unfinished(
+  starts: Sequence[Start], rows: Sequence[Row], steps: Sequence[metrics.Row]
+) -> float:
+  """What starts told of steps of which there is no row: a hang, a crash."""
+  numbers = [row['step'] for row in steps]
+  until = [0.0, *itertools.accumulate(row['seconds'] for row in steps)]
+  firsts = [start.row['first_step'] for start in starts]
+  at = [bisect.bisect_left(numbers, first) for first in firsts]
+  kept = [until[b] - until[a] for a, b in itertools.pairwise([*at, len(steps)])]
+  # Those that a start does again were made by the one before.
+  lost, index = [0.0] * len(starts), -1
+  for row in rows:
+    index += row['event'] == 'start'
+    if row['event'] == 'lost' and index > 0:
+      lost[index - 1] += row['seconds']
+  told = [sum(x.seconds.get(k, 0.0) for k in ('step', 'data')) for x in starts]
+  return sum(
+    max(all_of - max(some, 0.0) - gone, 0.0)
+    for all_of, some, gone in zip(told, kept, lost, strict=True)
+  )

@@ -269,6 +269,29 @@ def test_a_run_has_a_name_and_a_folder(capsys, command, flags, name, workdir):
 
 
 @pytest.mark.parametrize(
+  ('words', 'flags', 'name', 'workdir'),
+  [
+    (['--config=c.py:a'], {}, 'c-a', 'gs://runs/c-a'),
+    ([], {'name': 'a1'}, 'a1', 'gs://runs/a1'),
+    (['--workdir=gs://other/My_run.2'], {}, 'my-run-2', None),
+    (['--workdir', 'gs://other/x/'], {}, 'x', None),
+    (['--workdir=gs://other/x'], {'name': 'a1'}, 'a1', None),
+  ],
+)
+@pytest.mark.parametrize('verb', ['evaluate', 'sample'])
+def test_a_trained_run_is_evaluated_and_sampled(
+  capsys, verb, words, flags, name, workdir
+):
+  """In the run's folder, beside the JobSet that trained it."""
+  manifest = _rendered(capsys, [verb, *words], data='gs://a/b', **flags)
+  assert manifest['metadata']['name'] == f'{name}-{verb}'
+  given = [f'--workdir={workdir}'] if workdir else []
+  expected = [verb, *words, *given, '--config.data.path=/data']
+  assert _container(manifest)['command'] == ['perceiver-ar', *expected]
+  assert manifest['spec']['failurePolicy']['maxRestarts'] == 100
+
+
+@pytest.mark.parametrize(
   'words', [['--workdir=gs://other/x'], ['--workdir', 'gs://other/x']]
 )
 def test_a_workdir_of_the_command_is_kept(capsys, words):
@@ -298,6 +321,9 @@ def test_a_workdir_of_the_command_is_kept(capsys, words):
     (_TRAIN, {'zone': 'x'}, '--zone'),
     ([], {}, '-- train'),
     (['--config=configs/books.py'], {}, '-- train'),
+    (['plan', '--config=configs/books.py'], {}, 'evaluate or sample'),
+    (['evaluate'], {}, 'evaluate needs a run'),
+    (['sample', '--workdir=runs/a'], {}, '--workdir=runs/a'),
     ([*_TRAIN, '--workdir=runs/a'], {}, '--workdir=runs/a'),
     ([*_TRAIN, '--workdir', 'runs/a'], {}, '--workdir=runs/a'),
   ],
@@ -312,6 +338,9 @@ def test_names_of_pods_have_room(capsys):
   longest = 63 - len('-slice-11-7-abcde')
   assert _rendered(capsys, name='a' * longest, **flags)
   _refusal(capsys, _argv(name='a' * (longest + 1), **flags))
+  longest -= len('-sample')
+  assert _rendered(capsys, ['sample'], name='a' * longest, **flags)
+  _refusal(capsys, _argv(['sample'], name='a' * (longest + 1), **flags))
 
 
 def test_xpk_is_told_the_same(capsys):

@@ -114,4 +114,30 @@ def test_what_stops_all_local_processes_has_them_save(tmp_path, number, status):
   said, _ = job.communicate(timeout=200)
   assert job.returncode == status, said
   assert re.search('(SIGINT|SIGTERM): step', said)
+  assert 'first to fail' not in said
   assert checkpoint.saved_steps(tmp_path)
+
+
+# As `perceiver_ar.main`: the second process fails to save.
+_FAILS_TO_SAVE = """
+import pathlib, signal, sys, time
+second = '--process_id=1' in sys.argv
+def end(number, frame):
+  time.sleep(second)
+  sys.exit(3 if second else 75)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(f'began_{second:d}').touch()
+time.sleep(60)
+"""
+
+
+def test_a_local_failure_is_shown_where_another_has_ended_as_asked(tmp_path):
+  (tmp_path / 'perceiver_ar').mkdir()
+  (tmp_path / 'perceiver_ar/__init__.py').touch()
+  (tmp_path / 'perceiver_ar/main.py').write_text(_FAILS_TO_SAVE)
+  job = local('--processes=2', '--', 'train', cwd=tmp_path)
+  wait_until(lambda: len([*tmp_path.glob('began_*')]) == 2, job)
+  job.send_signal(signal.SIGTERM)
+  said, _ = job.communicate(timeout=100)
+  assert job.returncode == 3, said
+  assert said == 'process 1 was the first to fail, with status 3:\n'

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -10,8 +11,22 @@ import pytest
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm.sbatch'
 
-_SRUN = """#!/bin/sh
+# Runs its tasks, with no signal ignored, and has the highest status.
+_SRUN = """#!/bin/bash
 echo "cpus: ${SRUN_CPUS_PER_TASK-unset}"
+while [[ $1 == --* ]]; do shift; done
+highest=0
+for status in $STATUSES; do
+  STATUS=$status env --default-signal=INT "$@"
+  ended=$?
+  (( ended <= highest )) || highest=$ended
+done
+exit "$highest"
+"""
+
+_TRAINER = """#!/bin/bash
+echo "$@" >> trained
+(( STATUS <= 128 )) || kill -$(( STATUS - 128 )) $$
 exit "$STATUS"
 """
 
@@ -28,7 +43,11 @@ def folder(tmp_path, monkeypatch):
   """Where jobs are submitted, with SLURM's commands on the PATH."""
   commands = tmp_path / 'bin'
   commands.mkdir()
-  for name, content in (('srun', _SRUN), ('scontrol', _SCONTROL)):
+  for name, content in (
+    ('srun', _SRUN),
+    ('scontrol', _SCONTROL),
+    ('perceiver-ar', _TRAINER),
+  ):
     (commands / name).write_text(content)
     (commands / name).chmod(0o755)
   monkeypatch.setenv('PATH', f'{commands}:{os.environ["PATH"]}')
@@ -40,9 +59,9 @@ def _start(
   status: int, restart: int, job: int, **env: str
 ) -> 'subprocess.Popen[str]':
   return subprocess.Popen(
-    ['bash', str(_SCRIPT), 'train'],
+    ['bash', str(_SCRIPT), 'train', '--config=c.py:a b'],
     env=os.environ
-    | {'SLURM_JOB_ID': str(job), 'STATUS': str(status), 'STATE': 'RUNNING'}
+    | {'SLURM_JOB_ID': str(job), 'STATUSES': str(status), 'STATE': 'RUNNING'}
     | ({'SLURM_RESTART_COUNT': str(restart)} if restart else {})
     | env,
     stdout=subprocess.PIPE,
@@ -61,10 +80,10 @@ def _run(status: int, restart: int = 0, job: int = 7, **env: str) -> str:
   return said
 
 
-def _restarts(statuses: Sequence[int]) -> int:
+def _restarts(statuses: Sequence[int], hosts: str = '') -> int:
   """How often a job is queued again, whose runs end with these."""
   for restart, status in enumerate(statuses):
-    if 'requeued 7' not in _run(status, restart):
+    if 'requeued 7' not in _run(status, restart, STATUSES=hosts or str(status)):
       return restart
   return len(statuses)
 
@@ -84,6 +103,43 @@ def test_crashes_alone_are_limited(folder, statuses, restarts):
   assert _restarts(statuses) == restarts
   ended = restarts < len(statuses)
   assert bool(list(folder.glob('*.crashes'))) == (1 in statuses and not ended)
+
+
+@pytest.mark.parametrize(
+  ('hosts', 'status', 'restarts'),
+  [
+    ('0 0', 0, 0),
+    ('75 75', 75, 15),
+    ('75 0', 75, 15),
+    ('1 75', 1, 10),
+    ('75 3 0', 1, 10),
+    ('137 75', 137, 10),
+    ('75 1 134', 134, 10),
+    ('2 75', 2, 0),
+    ('75 2 1', 2, 0),
+    ('134 2', 2, 0),
+    ('75 130 75', 130, 0),
+  ],
+)
+def test_a_mistake_or_a_crash_of_one_host_counts(
+  folder, hosts, status, restarts
+):
+  """More than the 75 of those who miss it, and the mistake most."""
+  assert _restarts([status] * 15, hosts) == restarts
+  runs, tasks = min(restarts + 1, 15), len(hosts.split())
+  words = (folder / 'trained').read_text().splitlines()
+  assert words == ['train --config=c.py:a b'] * runs * tasks
+
+
+@pytest.mark.parametrize('mode', [None, 0o644])
+def test_no_such_command_is_a_mistake(folder, monkeypatch, mode):
+  monkeypatch.setenv('PATH', f'{folder}/bin:/usr/bin:/bin')
+  program = folder / 'bin' / 'perceiver-ar'
+  if mode is None:
+    program.unlink()
+  else:
+    program.chmod(mode)
+  assert 'requeued' not in _run(2, STATUSES='75 75')
 
 
 def test_crashes_are_those_of_one_job(folder):
@@ -115,8 +171,7 @@ def test_a_signal_does_not_hide_how_the_run_ends(folder):
   waits = 'touch begun; while [ ! -e saved ]; do sleep 0.05; done; exit 75'
   (folder / 'bin' / 'srun').write_text(f'#!/bin/sh\n{waits}\n')
   process = _start(75, 0, 7)
-  while not (folder / 'begun').exists():
-    time.sleep(0.05)
+  _wait_for(folder / 'begun', process)
   for _ in range(2):
     process.terminate()
     time.sleep(0.2)
@@ -124,6 +179,49 @@ def test_a_signal_does_not_hide_how_the_run_ends(folder):
   (folder / 'saved').touch()
   assert 'status 75; queued again' in process.communicate(timeout=60)[0]
   assert process.returncode == 75
+
+
+# Says who runs it, and ends some time after a signal.
+_SAVES = """#!/bin/bash
+trap 'heard=75' TERM
+trap 'heard=130' INT
+echo "$PPID" > begins
+mv begins begun
+while [[ ! ${heard-} ]] && (( SECONDS < 20 )); do sleep 0.05; done
+touch heard
+while [[ ! -e saved ]] && (( SECONDS < 20 )); do sleep 0.05; done
+exit "$heard"
+"""
+
+
+@pytest.mark.parametrize(
+  ('number', 'status'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_what_signals_the_shell_of_a_host_has_the_trainer_save(
+  folder, number, status
+):
+  """As SLURM does where cgroups track its processes."""
+  (folder / 'bin' / 'perceiver-ar').write_text(_SAVES)
+  process = _start(status, 0, 7)
+  _wait_for(folder / 'begun', process)
+  shell = int((folder / 'begun').read_text())
+  os.kill(shell, number)
+  _wait_for(folder / 'heard', process)
+  os.kill(shell, number)
+  time.sleep(0.2)
+  assert process.poll() is None
+  (folder / 'saved').touch()
+  said = process.communicate(timeout=60)[0]
+  assert process.returncode == status
+  assert ('status 75; queued again' in said) == (status == 75)
+
+
+def _wait_for(path: pathlib.Path, process: 'subprocess.Popen[str]') -> None:
+  end = time.monotonic() + 10
+  while not path.exists():
+    assert process.poll() is None
+    assert time.monotonic() < end
+    time.sleep(0.05)
 
 
 def test_processes_have_the_cpus_that_sbatch_was_asked_for(folder):

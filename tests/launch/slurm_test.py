@@ -132,6 +132,40 @@ def test_a_cancelled_job_is_not_queued_again(slurm, tmp_path, trap):
   assert 'queued again' not in log.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('statuses', 'says'), [('1 75', 'status 1; queued again'), ('2 75', None)]
+)
+def test_what_one_task_ends_with_is_not_hidden_by_the_others(
+  slurm, tmp_path, statuses, says
+):
+  program, log = tmp_path / 'bin' / 'perceiver-ar', tmp_path / 'job.log'
+  program.parent.mkdir()
+  program.write_text(
+    f'#!/bin/sh\nset -- {statuses}\nshift "$SLURM_PROCID"\nexit "$1"\n'
+  )
+  program.chmod(0o755)
+  job = slurm(
+    'sbatch',
+    '--parsable',
+    '--ntasks-per-node=2',
+    f'--chdir={tmp_path}',
+    f'--output={log}',
+    f'--export=ALL,PERCEIVER_AR_BIN={program.parent}',
+    f'{ROOT}/launch/slurm.sbatch',
+    'train',
+  ).strip()
+  if says is None:
+    wait_for(lambda: 'FAILED' in slurm('scontrol', 'show', 'job', job))
+    state = slurm('scontrol', 'show', 'job', job)
+    assert 'Restarts=0' in state and 'ExitCode=2:0' in state
+  else:
+    wait_for(lambda: log.exists() and says in log.read_text())
+    [crashes] = tmp_path.glob('*.crashes')
+    assert crashes.read_text() == '1\n'
+    slurm('scancel', job)
+
+
 def wait_for(is_true):
   end = time.monotonic() + _PATIENCE
   while not is_true():

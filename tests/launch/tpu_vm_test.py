@@ -182,6 +182,16 @@ def test_run_installs_and_trains_on_every_slice(stub):
     assert '--editable=.[tpu]' in (home / 'installed').read_text()
 
 
+@pytest.mark.parametrize('verb', ['evaluate', 'sample'])
+def test_run_evaluates_and_samples(stub, verb):
+  home = stub / 'hosts' / 'it'
+  _write(home / 'statuses', '75\n0\n')
+  words = [verb, '--workdir=gs://runs/it']
+  _run('run', *_WHERE, '--', *words)
+  _wait_for(home / 'perceiver-ar.log', 'finished')
+  assert (home / 'trained').read_text().splitlines() == 2 * words
+
+
 def test_run_copies_data_before_it_trains(stub):
   home = stub / 'hosts' / 'it'
   _write(home / 'statuses', '0\n')
@@ -338,7 +348,9 @@ def test_a_failing_gcloud_ends_it(stub, verb, more, fails, num_calls):
     ),
     (['run', *_WHERE, *_TRAIN, '--config.data.path=gs://a'], '--data=gs://'),
     (['run', *_WHERE, *_TRAIN, '--config.data.path', 'gs://a'], '--data=gs://'),
-    (['run', *_WHERE, '--', 'sample'], '-- train'),
+    (['run', *_WHERE, '--', 'plan'], '-- train'),
+    (['run', *_WHERE, '--', 'sample'], '--workdir=gs://BUCKET/RUN'),
+    (['run', *_WHERE, '--', 'evaluate', '--workdir=runs/a'], 'gs://'),
     (['run', *_WHERE, '--', 'train', '--workdir=runs/a'], 'gs://'),
   ],
 )

@@ -8,7 +8,7 @@ from tiny import CONFIGS, make_config
 from perceiver_ar import config as config_lib
 from perceiver_ar import partitioning
 from perceiver_ar.errors import UserError
-from perceiver_ar.plan import advice, page, plans, programs
+from perceiver_ar.plan import advice, memory, page, plans, programs
 from perceiver_ar.plan.machine import open_machine
 
 pytest.importorskip('libtpu')
@@ -34,19 +34,42 @@ _CONFIG = make_config(
 _GRIDS = {'v4': '2x2x1', 'v5e': '2x2', 'v5p': '2x2x1', 'v6e': '2x2'}
 
 
+@pytest.fixture
+def analysed(monkeypatch):
+  """XLA's analyses of memory that plans are made from."""
+  found, classify = [], memory.classify
+
+  def see(module, analysis, *rest):
+    found.append(analysis)
+    return classify(module, analysis, *rest)
+
+  monkeypatch.setattr(memory, 'classify', see)
+  return found
+
+
+def assert_adds_up(plan, analysis):
+  """The classes of a plan of training are what XLA says, arguments apart."""
+  sizes = plan.bytes_per_chip
+  arguments = sizes['parameters'] + sizes['optimizer_state'] + sizes['batch']
+  assert arguments == pytest.approx(analysis.argument_size_in_bytes, rel=0.02)
+  assert sum(sizes.values()) == pytest.approx(plan.needed_bytes, rel=0.02)
+  assert sizes['optimizer_state'] == pytest.approx(
+    2 * sizes['parameters'], rel=0.05
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('num_slices', [1, 2])
 @pytest.mark.parametrize('chip', _GRIDS)
-def test_the_step_is_planned_for_every_chip(chip, num_slices):
+def test_the_step_is_planned_for_chips_of_one_device(
+  chip, num_slices, analysed
+):
   machine = open_machine(f'{chip}:{_GRIDS[chip]}', num_slices)
   assert len(machine.devices) == 4 * num_slices
   plan = plans.make_plan(_CONFIG, machine, 'train', machine.chip.usable_bytes)
   assert plan.fits
   sizes = plan.bytes_per_chip
-  assert sum(sizes.values()) == pytest.approx(plan.needed_bytes, rel=0.02)
-  assert sizes['optimizer_state'] == pytest.approx(
-    2 * sizes['parameters'], rel=0.05
-  )
+  assert_adds_up(plan, *analysed)
   # What a layer takes in, and what its attention gives.
   kept = 3 * 16 // (2 * num_slices) * 256 * 256 * 2
   assert kept <= sizes['activations'] <= 3 * kept
@@ -64,6 +87,17 @@ def test_the_step_is_planned_for_every_chip(chip, num_slices):
   ]
   assert sum(gathers) >= 2 * 3 * 6  # both ways, weights of every layer
   assert 'attention kernel' in page.render(plan)
+
+
+@pytest.mark.slow
+def test_memory_is_planned_where_two_devices_share_a_chip(analysed):
+  machine = open_machine('7x:2x2x1', 1)
+  assert len(machine.devices) == 8
+  plan = plans.make_plan(_CONFIG, machine, 'train', machine.chip.usable_bytes)
+  assert plan.fits
+  assert_adds_up(plan, *analysed)
+  kept = 3 * 16 // 4 * 256 * 256 * 2
+  assert kept <= plan.bytes_per_chip['activations'] <= 3 * kept
 
 
 @pytest.mark.slow
@@ -114,7 +148,9 @@ def test_so_is_all_else_that_a_config_may_ask_for(changes):
     ('copy_task.py:copy_131072', 'v5p:4x4x4'),
   ],
 )
-def test_training_fits_the_meshes_that_the_documentation_names(name, topology):
+def test_state_and_gradients_fit_the_meshes_that_the_documentation_names(
+  name, topology
+):
   """What is compiled there is for `perceiver-ar plan`, and takes minutes."""
   file, _, arg = name.partition(':')
   module = runpy.run_path(str(CONFIGS / file))

@@ -7,10 +7,10 @@ import types
 import jax
 import numpy as np
 import pytest
-from runs import compiled_once
+from runs import TINY, compiled_once
 from tiny import make_batch, make_config
 
-from perceiver_ar import flops, partitioning, starting, train_step
+from perceiver_ar import flops, main, partitioning, starting, train_step
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention, flash_delta
 from perceiver_ar.ops.masks import Mask
@@ -139,13 +139,13 @@ def test_what_does_not_fit_is_given_a_change_that_does(
 ):
   room = (trained.needed_bytes + kept_more.needed_bytes) // 2
   plan = dataclasses.replace(kept_more, hbm_bytes=room, fits=False)
-  change = advice.smallest_change(plan.config, machine, plan)
-  assert change is not None
-  changes, other = change
+  found = advice.smallest_change(plan.config, machine, plan)
+  assert found.change is not None
+  changes, other = found.change
   assert changes == {'model.remat': 'attention'}
   assert other.fits
   assert other.needed_bytes <= room
-  text = page.render_change(plan, change)
+  text = page.render_change(plan, found)
   assert '--config.model.remat=attention' in text
   assert 'does not fit' in text
 
@@ -156,9 +156,13 @@ def fake_plans(monkeypatch, trained, needed):
 
   def make(config, machine, command, hbm_bytes):
     seen.append(config)
-    fits = needed(config) <= hbm_bytes
     return dataclasses.replace(
-      trained, config=config, needed_bytes=needed(config), fits=fits
+      trained,
+      config=config,
+      mesh=dict(plans.make_mesh(config, machine).shape),
+      needed_bytes=needed(config),
+      hbm_bytes=hbm_bytes,
+      fits=needed(config) <= hbm_bytes,
     )
 
   monkeypatch.setattr(plans, 'make_plan', make)
@@ -176,7 +180,7 @@ def test_the_batch_is_computed_in_parts_before_axes_change(
   plan = dataclasses.replace(
     trained, config=config, needed_bytes=2**20, hbm_bytes=2**18, fits=False
   )
-  change = advice.smallest_change(config, machine, plan)
+  change = advice.smallest_change(config, machine, plan).change
   assert change is not None
   assert change[0] == {'train.num_microbatches': 4}
 
@@ -195,7 +199,7 @@ def test_sums_of_every_part_are_taken_where_whole_gradients_do_not_fit(
   plan = dataclasses.replace(
     trained, config=config, needed_bytes=2**20, hbm_bytes=2**18, fits=False
   )
-  change = advice.smallest_change(config, machine, plan)
+  change = advice.smallest_change(config, machine, plan).change
   assert change is not None
   more = {'train.num_microbatches': 4} if num == 1 else {}
   assert change[0] == {**more, 'train.reduce_gradients_once': False}
@@ -212,7 +216,9 @@ def test_what_helps_in_nothing_is_not_tried_for_ever(
   plan = dataclasses.replace(
     trained, config=config, hbm_bytes=hbm_bytes, fits=False
   )
-  assert advice.smallest_change(config, machine, plan) is None
+  found = advice.smallest_change(config, machine, plan)
+  assert found.change is None and found.was_cut
+  assert found.num_compiled == len(seen)
   once = [c.train.reduce_gradients_once for c in seen]
   assert set(once) == {True, False}
   assert len(seen) <= advice._MOST_COMPILED + 1
@@ -233,7 +239,7 @@ def test_parts_of_the_batch_may_do_without_recomputation(
   )
   sizes = dict.fromkeys(plan.bytes_per_chip, 0) | {'activations': 2**20}
   plan = dataclasses.replace(plan, bytes_per_chip=sizes)
-  change = advice.smallest_change(config, machine, plan)
+  change = advice.smallest_change(config, machine, plan).change
   assert change is not None
   assert change[0] == {'train.num_microbatches': 4}
   assert {c.model.remat for c in seen} >= {'dots', 'attention', 'full'}
@@ -244,9 +250,114 @@ def test_nothing_is_compiled_where_the_state_alone_does_not_fit(
 ):
   seen = fake_plans(monkeypatch, trained, lambda config: 2**20)
   plan = dataclasses.replace(trained, hbm_bytes=100, fits=False)
-  assert advice.smallest_change(_CONFIG, machine, plan) is None
+  found = advice.smallest_change(_CONFIG, machine, plan)
+  assert found.change is None
   assert not seen
-  assert 'No change' in page.render_change(plan, None)
+  assert 'No change' in page.render_change(plan, found)
+
+
+# As configs are by default; and there is much else to try.
+_PLAIN = advice.apply(
+  _CONFIG,
+  {
+    'mesh.model': 1,
+    'model.attention': 'chunked',
+    'model.remat': 'none',
+    'train.batch_size': 512,
+  },
+)
+
+
+def search(monkeypatch, trained, machine, config, fits):
+  """What fits by `fits` is looked for; with all that was compiled."""
+  room = 2**18
+  seen = fake_plans(monkeypatch, trained, lambda c: room + (not fits(c)))
+  plan = plans.make_plan(config, machine, 'train', room)
+  assert seen == [config] and not plan.fits
+  found = advice.smallest_change(config, machine, plan)
+  return plan, found, seen
+
+
+@pytest.mark.parametrize('axis', ['model', 'context'])
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_a_longer_axis_is_found_whatever_else_there_is_to_try(
+  monkeypatch, trained, machine, axis, remat
+):
+  config = advice.apply(_PLAIN, {'model.remat': remat})
+  fits = lambda c: getattr(c.mesh, axis) == 2
+  _, found, seen = search(monkeypatch, trained, machine, config, fits)
+  assert found.change is not None
+  assert found.change[0] == {f'mesh.{axis}': 2, 'mesh.data': 4}
+  assert len(seen) > 5
+
+
+def test_a_search_that_was_cut_says_what_it_knows(
+  monkeypatch, trained, machine
+):
+  plan, found, seen = search(
+    monkeypatch, trained, machine, _PLAIN, lambda c: False
+  )
+  num = len(seen) - 1
+  assert found.change is None
+  assert found.num_compiled == num >= advice._MOST_COMPILED
+  text = page.render_change(plan, found)
+  assert f'None of the {num} changes that were compiled fits.' in text
+  assert 'No change' not in text
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_nothing_is_compiled_twice_nor_in_a_layout_that_is_the_same(
+  monkeypatch, trained, machine, remat
+):
+  config = advice.apply(_PLAIN, {'model.remat': remat, 'train.batch_size': 16})
+  monkeypatch.setattr(advice, '_MOST_COMPILED', 99)
+  plan, found, seen = search(
+    monkeypatch, trained, machine, config, lambda c: False
+  )
+  assert found.change is None and not found.was_cut
+  assert 'No change' in page.render_change(plan, found)
+  assert all(seen.count(c) == 1 for c in seen)
+  assert {c.mesh.rules for c in seen} == {config.mesh.rules}
+  sizes = {(c.mesh.context, c.mesh.model) for c in seen}
+  assert sizes >= {(1, 1), (1, 2), (2, 1), (4, 1)}
+
+
+def test_rules_are_tried_where_an_axis_gives_them_something_to_split(
+  monkeypatch, trained, machine
+):
+  config = advice.apply(_PLAIN, {'mesh.context': 2})
+  fits = lambda c: c.mesh.rules == 'context'
+  _, found, _ = search(monkeypatch, trained, machine, config, fits)
+  assert found.change is not None
+  assert found.change[0] == {'mesh.rules': 'context'}
+
+
+@pytest.mark.parametrize('left', ['slice', 'context'])
+def test_an_axis_that_takes_what_is_left_is_no_obstacle(
+  monkeypatch, trained, machine, left
+):
+  config = advice.apply(_PLAIN, {'mesh.data': 4, f'mesh.{left}': -1})
+  _, found, _ = search(
+    monkeypatch, trained, machine, config, lambda c: c.mesh.model == 2
+  )
+  assert found.change is not None
+  assert found.change[0] == {'mesh.model': 2, 'mesh.data': 2}
+  assert found.change[1].mesh[left] == 2
+  rows = advice.sweep(config, machine, 'train', 2**30)
+  meshes = [row.mesh for _, row in rows if isinstance(row, plans.Plan)]
+  assert len(meshes) == len(rows) == 5
+  assert all(meshes.count(mesh) == 1 for mesh in meshes)
+  assert {mesh['slice'] for mesh in meshes} == {meshes[0]['slice']}
+
+
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_a_bucket_need_not_have_the_folder_of_the_output(capsys):
+  pytest.importorskip('gcsfs')
+  output = '--output=gs://bucket/new/plan.json'
+  with pytest.raises(SystemExit):
+    main.main(['plan', TINY, '--topology=v9:4x4', output])
+  told = capsys.readouterr().err
+  assert 'v9' in told and 'folder' not in told
 
 
 def test_a_sample_plan_splits_the_cache_as_sampling_does(machine):

@@ -58,6 +58,7 @@ def test_the_ledger_of_a_run_with_three_starts():
   assert account.wall == 160.0
   expected = {'step': 28.25, 'data': 1.75, 'lost': 6.0, 'start': 17.0}
   expected |= {'compile': 5.0, 'save': 3.0, 'evaluation': 3.0, 'end': 0.0}
+  expected['unfinished'] = 0.0
   assert account.seconds == expected | {'down': 160.0 - 64.0}
   assert account.goodput == 28.25 / 160.0
   assert sum(account.seconds.values()) == account.wall
@@ -81,6 +82,23 @@ def test_starts_that_failed_are_time_and_belong_to_none():
   assert sum(last.seconds.values()) == last.wall == 35.0
 
 
+def test_a_step_that_hangs_is_time_of_the_run():
+  hung = [
+    *ROWS[:4],
+    line(1333.0, 'seconds', start=5.0, compile=5.0, step=320.0, save=3.0),
+    line(1333.0, 'end', reason='hung in step 20', status=75),
+  ]
+  account = make(hung, steps(0, 20))
+  assert account.seconds['unfinished'] == 300.0
+  assert account.seconds['down'] == 0.0
+  assert sum(account.seconds.values()) == account.wall == 333.0
+  assert 'steps that did not end 5 min' in '\n'.join(ledger.describe(account))
+  # Some of them may have ended, and been lost.
+  again = [start(1400.0, 16), line(1403.0, 'lost', steps=4, seconds=4.0)]
+  account = make([*hung, *again], steps(0, 16))
+  assert account.seconds['unfinished'] == 300.0
+
+
 def test_every_start_says_how_it_ended():
   told = [ledger.say(x) for x in make(ROWS, STEPS).starts]
   assert 'from step 0 on 8 x v5p, ended without a word (killed' in told[0]
@@ -99,6 +117,17 @@ def test_the_few_lines_say_what_to_look_at():
     'skipped steps: 1 (step 1,021)',
   ):
     assert words in told
+
+
+def test_the_memory_of_saves_and_restores_is_told():
+  told = lambda rows: '\n'.join(ledger.describe(make([*ROWS, *rows], STEPS)))
+  assert 'memory' not in told(
+    [line(1103.0, 'memory', doing='save', bytes=None)]
+  )
+  some = [('save', 10**8), ('save', 3 * 10**8), ('restore', 2 * 10**8)]
+  rows = [line(1103.0, 'memory', doing=x, step=2, bytes=n) for x, n in some]
+  words = 'memory of the host, at most: 0.3 GB to save, 0.2 GB to restore'
+  assert words in told(rows)
 
 
 def test_a_run_that_goes_on_is_known_to_its_last_step():
