@@ -26,6 +26,7 @@ _OPCODE = re.compile(r'\s*([\w\-]+)\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _OPERAND = re.compile(r'%([\w.\-]+)')
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_FOREVER = 2**50  # cycles, of what is computed elsewhere: on a SparseCore
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -126,8 +127,10 @@ class Instruction:
 
   @property
   def cycles(self) -> int | None:
+    """What the compiler expects; None if it does not say, or says forever."""
     found = _CYCLES.search(self.attributes)
-    return int(found[1]) if found else None
+    cycles = int(found[1]) if found else _FOREVER
+    return cycles if cycles < _FOREVER else None
 
   def called(self, *names: str) -> list[str]:
     """Computations that it names under one of these attributes."""
@@ -221,7 +224,7 @@ class Module:
         trips = self.trip_count(name, instruction) or default_trips
         for part in instruction.called('condition', 'body'):
           yield from self._runs(part, times * trips, default_trips)
-      elif instruction.opcode in ('call', 'conditional'):
+      elif instruction.opcode in ('call', 'call-start', 'conditional'):
         for part in instruction.called(
           'to_apply',
           'branch_computations',

@@ -90,7 +90,7 @@ def test_the_step_is_planned_for_chips_of_one_device(
 
 
 @pytest.mark.slow
-def test_memory_is_planned_where_two_devices_share_a_chip(analysed):
+def test_the_step_is_planned_where_two_devices_share_a_chip(analysed):
   machine = open_machine('7x:2x2x1', 1)
   assert len(machine.devices) == 8
   plan = plans.make_plan(_CONFIG, machine, 'train', machine.chip.usable_bytes)
@@ -98,6 +98,10 @@ def test_memory_is_planned_where_two_devices_share_a_chip(analysed):
   assert_adds_up(plan, *analysed)
   kept = 3 * 16 // 4 * 256 * 256 * 2
   assert kept <= plan.bytes_per_chip['activations'] <= 3 * kept
+  # Collectives that a SparseCore makes are in computations of their own.
+  sent = {(x['kind'], x['axis']) for x in plan.to_dict()['collectives']}
+  assert {('all-gather', 'data'), ('all-reduce', 'model')} <= sent
+  assert plan.seconds['total'] < 1
 
 
 @pytest.mark.slow
