@@ -207,11 +207,11 @@ def chosen(names: Sequence[str]) -> list[Fault]:
 
 
 def run(faults: Sequence[Fault], num_processes: int) -> list[Verdict]:
-  """Plays as many at a time as there are cores for, and prints a table."""
+  """Plays one more at a time than there are cores for, and prints a table."""
   drills = Drills(num_processes)
   print(f'{"fault":<14}{"verdict":<11}{"lost":>4}{"s":>6}  the trainer said')
-  # A container may have fewer cores than its machine.
-  workers = max(1, min(os.cpu_count() or 1, 8) // num_processes)
+  # Much of a drill is waiting. A container may have fewer cores than it says.
+  workers = 1 + min(os.cpu_count() or 1, 8) // num_processes
   verdicts = []
   with (
     Progress('drill', len(faults), 'faults') as progress,
