@@ -45,6 +45,7 @@ class _Job:
   seconds: float = 0.0
   num_barriers: int = 0
   last_barrier: str = ''
+  last_collective: str = ''
   waited: float = 0.0  # seconds at barriers that are passed
   waits_since: float | None = None
 
@@ -231,9 +232,17 @@ def _service(name: str) -> Iterator[None]:
     ) from error
 
 
-def last_barrier() -> str:
-  """The name of the one that this process came to last."""
-  return _job.last_barrier
+def collective(name: str) -> None:
+  """A program of all processes is about to begin here."""
+  _job.last_collective = name
+
+
+def last_met() -> str:
+  """Where this process met the others last, or was about to."""
+  return (
+    f'the last barrier was {_job.last_barrier!r}, the last collective '
+    f'{_job.last_collective!r}'
+  )
 
 
 def _entries(client: Any, folder: str) -> dict[int, str]:

@@ -141,7 +141,9 @@ class Evaluator:
     ) as progress:
       for first in range(0, len(self._blocks), batch_size):
         blocks = self._blocks[first : first + batch_size]
-        scores = self._step(params, self._batch(blocks))
+        batch = self._batch(blocks)
+        distributed.collective(f'scores of blocks from {first}')
+        scores = self._step(params, batch)
         sent = self._exchange.send(
           host_reports.Report(stop=asked(), failed=self._error is not None)
         )

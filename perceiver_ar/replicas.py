@@ -67,6 +67,7 @@ class Replicas:
 
   def _start(self, step: int, state: PyTree) -> None:
     arrays = flatten(state)
+    distributed.collective(f'hashes of copies at step {step}')
     self._sent = step, self._hash([arrays[name] for name in self._names])
 
   def read(self) -> None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from perceiver_ar import logical, mesh_checks, partitioning
+from perceiver_ar import distributed, logical, mesh_checks, partitioning
 from perceiver_ar.config import Config, SampleConfig
 from perceiver_ar.data import layouts
 from perceiver_ar.errors import UserError
@@ -127,6 +127,7 @@ class Sampler:
     index = known_BT.shape[1]
     while left:
       T = min(self._R, index)
+      distributed.collective(f'tokens from {index}')
       new_BT, num, cache = self._segment(
         self._params,
         recent_BT[:, -T:],
@@ -166,6 +167,7 @@ class Sampler:
     window_BM[:, self._M - tail_BT.shape[1] :] = tail_BT
     while left:
       num = min(left, _UNCACHED_STEPS)
+      distributed.collective(f'tokens from {index}')
       window_BM, new_BT = self._uncached(
         self._params, window_BM, np.int32(index)
       )

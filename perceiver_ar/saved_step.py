@@ -60,6 +60,7 @@ def make_manifest(
   step: int, state: PyTree, config_json: Any, loss: float | None, data: str
 ) -> dict[str, Any]:
   arrays = flatten(state)
+  distributed.collective(f'checksums of step {step}')
   sums = checksums(state)
   return {
     'step': step,
@@ -200,6 +201,7 @@ def restore(
   except Damaged as error:
     arrays, reason = {}, error.reason
   _agree(folder, reason)
+  distributed.collective(f'checksums of {folder.name}, read')
   found = checksums(arrays)
   bad = [name for name in wanted if found[name] != saved[name][2]]
   if bad:

@@ -206,6 +206,7 @@ class _Loop:
           # As if it had not been compiled in between.
           self._clock = self._began = time.monotonic() - batch.seconds
           self._watchdog.begin('step', f'step {step}')
+        distributed.collective(f'step {step}')
         state, sums = train_step(state, batch.arrays)
         sent = self._exchange.send(self._report(batch))
         self._record()

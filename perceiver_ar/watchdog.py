@@ -128,9 +128,8 @@ class Watchdog:
     print(
       f'perceiver-ar: process {distributed.me()} hangs in {what}: {taken:.0f} '
       f's, and the limit is {self.limit(kind):.0f} s '
-      f'(train.hang_seconds); the last barrier was '
-      f'{distributed.last_barrier()!r}; the stacks of its threads follow, and '
-      'it ends, to be started again',
+      f'(train.hang_seconds); {distributed.last_met()}; the stacks of its '
+      'threads follow, and it ends, to be started again',
       file=sys.stderr,
       flush=True,
     )

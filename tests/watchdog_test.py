@@ -107,10 +107,15 @@ def test_the_last_save_is_watched_whatever_ended_the_run(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('code', 'what'),
-  [(_HANGS, 'step 7'), (_HANGS_EVALUATING, 'the evaluation of step 6')],
+  ('code', 'what', 'collective'),
+  [
+    (_HANGS, 'step 7', 'step 6'),
+    (_HANGS_EVALUATING, 'the evaluation of step 6', 'scores of blocks from 24'),
+  ],
 )
-def test_what_hangs_ends_the_run_and_says_where(tmp_path, code, what):
+def test_what_hangs_ends_the_run_and_says_where(
+  tmp_path, code, what, collective
+):
   words = [
     'train',
     TINY,
@@ -128,6 +133,7 @@ def test_what_hangs_ends_the_run_and_says_where(tmp_path, code, what):
   assert process.returncode == 75, said
   assert f'hangs in {what}: ' in said
   assert "the last barrier was 'evaluation'" in said
+  assert f"the last collective '{collective}'" in said
   assert 'in hanging' in said and 'most recent call first' in said
   assert checkpoint.saved_steps(tmp_path) == [4]
   end = journal.read(tmp_path)[-1]
