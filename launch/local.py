@@ -75,22 +75,22 @@ class Job:
     ]
     for reader in readers:
       reader.start()
-    failed = self._wait()
+    failed, is_as_asked = self._wait()
     for reader in readers:
       reader.join()
     if failed is None:
       return 0
     status = _status(self._processes[failed])
-    if self._is_as_asked(failed):
+    if is_as_asked:
       return status
     with contextlib.suppress(OSError):
       print(f'process {failed} was the first to fail, with status {status}:')
       print(''.join(self._last[failed]), end='', flush=True)
     return status
 
-  def _wait(self) -> int | None:
-    """Until all have ended; the one that failed first, or ended as asked."""
-    failed, deadline = None, float('inf')
+  def _wait(self) -> tuple[int | None, bool]:
+    """Until all have ended; the first to fail, and whether it was asked to."""
+    failed, is_as_asked, deadline = None, False, float('inf')
     left = len(self._processes)
     while left:
       try:
@@ -100,17 +100,15 @@ class Job:
           self._signal(signal.SIGKILL)
         continue
       left -= 1
-      if not self._processes[process].returncode:
-        continue
-      if failed is None:
+      status = _status(self._processes[process])
+      was_asked = self._asked and status in _AS_ASKED
+      if status and failed is None:
         # Those that end with it may have words of their own to say.
         failed, deadline = process, time.monotonic() + _PATIENCE
-      elif self._is_as_asked(failed) and not self._is_as_asked(process):
-        failed = process
-    return failed
-
-  def _is_as_asked(self, process: int) -> bool:
-    return self._asked and _status(self._processes[process]) in _AS_ASKED
+        is_as_asked = was_asked
+      elif status and is_as_asked and not was_asked:
+        failed, is_as_asked = process, False
+    return failed, is_as_asked
 
   def _pass_on(self, number: int, frame: Any) -> None:
     del frame

@@ -217,9 +217,7 @@ def write_samples(
       own = drawn[-how.num_samples :]
       before_BT = known.of(i, how.num_samples)
       _take(own, before_BT, progress)
-      watch('prompt', f'reading prompt {i}')
-      for new_BT in _new_tokens(sampler, prompt, length, before_BT):
-        watch('sample', f'going on from prompt {i}')
+      for new_BT in _new_tokens(sampler, prompt, length, before_BT, watch):
         known.add(i, new_BT)
         _take(own, new_BT, progress)
   watch('end', 'writing the samples')
@@ -257,23 +255,31 @@ def draw_along(
   for i, prompt in enumerate(prompts):
     length = sampler.room(len(prompt.tokens_T), how.length)
     before_BT = known.of(i, how.num_samples)
-    watch('prompt', f'reading prompt {i}')
-    for _ in _new_tokens(sampler, prompt, length, before_BT):
-      watch('sample', f'going on from prompt {i}')
+    for _ in _new_tokens(sampler, prompt, length, before_BT, watch):
+      pass  # all are drawn by all
 
 
 def _new_tokens(
-  sampler: Sampler, prompt: Prompt, length: int, before_BT: np.ndarray
+  sampler: Sampler,
+  prompt: Prompt,
+  length: int,
+  before_BT: np.ndarray,
+  watch: Callable[[str, str], None],
 ) -> Iterator[np.ndarray]:
   """Yields [B, some] tokens until all samples of a prompt have ended."""
   has_ended_B = (before_BT == tokens.EOS).any(axis=1)
-  if has_ended_B.all():
+  left = length - before_BT.shape[1]
+  if has_ended_B.all() or left <= 0:
     return
+  watch('prompt', 'the first tokens after a prompt')
   for new_BT in sampler.run(_start(prompt.tokens_T), length, before_BT):
     yield new_BT
     has_ended_B |= (new_BT == tokens.EOS).any(axis=1)
+    left -= new_BT.shape[1]
     if has_ended_B.all():
       return
+    if left > 0:
+      watch('sample', f'the next tokens of {left} that are left')
 
 
 def _start(prompt_T: np.ndarray) -> np.ndarray:

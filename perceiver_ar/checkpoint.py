@@ -120,7 +120,7 @@ class Checkpoints:
 
   def writing(self) -> float:
     """For how many seconds the last save goes on by now; 0: it is over."""
-    saved, is_on = self._saved, self._manager.is_saving_in_progress()
+    saved, is_on = self._saved, self._manager.is_writing()
     return saved[1].seconds() if saved and is_on else 0.0
 
   @contextlib.contextmanager

@@ -29,6 +29,8 @@ from orbax.checkpoint._src.metadata import array_metadata_store
 # Where Orbax's own documentation imports it from.
 from orbax.checkpoint._src.serialization import types as serialization
 
+from perceiver_ar import distributed
+
 _GB = 10**9
 # Of the budget, what is moved at a time: three such, and buffers.
 _PART = 1 / 4
@@ -46,14 +48,15 @@ class Meter:
   """What has become of this process since the meter was made."""
 
   def __init__(self) -> None:
-    self._since = time.monotonic()
+    self._since = time.monotonic() - distributed.waited()
     self._start = _status('VmRSS')
     # Forgets earlier peaks; where that is refused, growth is an upper bound.
     with contextlib.suppress(OSError):
       (_PROC / 'clear_refs').write_text('5')
 
   def seconds(self) -> float:
-    return time.monotonic() - self._since
+    """Without those at barriers: others being late is no matter of ours."""
+    return time.monotonic() - distributed.waited() - self._since
 
   def growth(self) -> int | None:
     """By how many bytes, at its largest; None where there is no /proc."""

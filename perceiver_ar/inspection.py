@@ -121,8 +121,11 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
   step = _chosen(workdir, step)
   folder, prefix = checkpoint.step_folder(workdir, step), 'params/'
   known = saved_step.read_manifest(folder)['arrays']
-  read = read_arrays(folder, [x for x in known if x.startswith(prefix)])
-  arrays = {name.removeprefix(prefix): array for name, array in read.items()}
+  arrays = {  # one by one: all are more than a device may hold
+    name.removeprefix(prefix): read_arrays(folder, [name])[name]
+    for name in known
+    if name.startswith(prefix)
+  }
   target = epath.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   target.write_bytes(save(arrays, metadata={'step': str(step)}))
@@ -133,7 +136,7 @@ def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:
 def read_arrays(
   folder: epath.Path, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Those of a step, checked, on this host.
+  """Those of a step, checked, by way of one device.
 
   Raises:
     Damaged: the files are not those that were saved.

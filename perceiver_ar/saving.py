@@ -34,6 +34,14 @@ class Manager(ocp.CheckpointManager):
       self.failure = error
       raise
 
+  def is_writing(self) -> bool:
+    """Whether the last save goes on; waits for nobody.
+
+    Orbax's own flag stays set where a save could not even begin, and has a lock
+    that is held where hosts wait for each other.
+    """
+    return self._finalize_thread.map(lambda t: t is not None and t.is_alive())
+
   def wait_until_finished(self) -> None:
     """Waits for the last save, as long as all are there to make it.
 
@@ -42,8 +50,7 @@ class Manager(ocp.CheckpointManager):
       Exception: whatever this process's part of the save has failed with.
     """
     looked = time.monotonic()
-    # Not for Orbax's flag: a save that could not even begin leaves it set.
-    while self._finalize_thread.map(lambda t: t is not None and t.is_alive()):
+    while self.is_writing():
       if self.failure is not None and jax.process_count() > 1:
         raise self.failure
       if time.monotonic() - looked > _LOOK_AT_OTHERS_SECONDS:

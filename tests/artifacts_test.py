@@ -50,12 +50,20 @@ def prompt_of(codec, data, length=0):
   return artifacts._cut('it', codec.read(data), length)
 
 
-def write(script, codec, prompts, folder, num_samples=2, request='this'):
+def write(
+  script,
+  codec,
+  prompts,
+  folder,
+  num_samples=2,
+  request='this',
+  watch=lambda kind, what: None,
+):
   how = make_config({'sample.num_samples': num_samples, 'sample.length': 6})
   sampler: Any = script
   known = drawn.open_drawn(epath.Path(folder), request)
   return artifacts.write_samples(
-    sampler, prompts, how.sample, codec, folder, known
+    sampler, prompts, how.sample, codec, folder, known, watch
   )
 
 
@@ -83,6 +91,20 @@ def test_a_sample_ends_where_it_draws_eos(tmp_path):
     {'file': 'sample-0.txt', 'num_tokens': 2} | same,
     {'file': 'sample-1.txt', 'num_tokens': 4} | same,
   ]
+
+
+def test_what_begins_is_told_and_nothing_of_what_does_not(tmp_path):
+  codec = text.ByteCodec()
+  x, end = codec.encode('x').tolist() * 2, [tokens.EOS] * 2
+  for parts, begun in (
+    ([[x, x]] * 3, ['prompt', 'sample', 'sample', 'end']),
+    ([[x, x], [end, end], [x, x]], ['prompt', 'sample', 'end']),
+  ):
+    seen = []
+    watch = lambda kind, what, seen=seen: seen.append(kind)
+    nothing = [artifacts.NOTHING]
+    write(Script(*parts), codec, nothing, tmp_path, watch=watch)
+    assert seen == begun
 
 
 def test_repairs_are_counted_and_what_is_unfinished_is_marked(tmp_path):

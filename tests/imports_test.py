@@ -33,6 +33,7 @@ _LEVEL = {name: i for i, row in enumerate(_LAYERS) for name in row.split()}
 _ALSO = {
   ('config_files', 'config'),
   ('distributed', 'places'),
+  ('host_memory', 'distributed'),
   ('distributed', 'roll_call'),
   ('lines', 'paths'),
   ('journal', 'config'),

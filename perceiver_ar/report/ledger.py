@@ -31,6 +31,7 @@ NAMES = {
 }
 _CRASH = 'ended without a word (killed, or its machine died)'
 _NO_END = 'has no end yet (it runs, or was killed): last heard of'
+_HUNG = 'ended: hung'
 _SHOWN = 8  # of what there may be many of
 
 
@@ -242,8 +243,13 @@ def _unfinished(
     index += row['event'] == 'start'
     if row['event'] == 'lost' and index > 0:
       lost[index - 1] += row['seconds']
-  told = [sum(x.seconds.get(k, 0.0) for k in ('step', 'data')) for x in starts]
-  return sum(
-    max(all_of - max(some, 0.0) - gone, 0.0)
-    for all_of, some, gone in zip(told, kept, lost, strict=True)
-  )
+  unfinished, gone = 0.0, 0.0
+  for start, some, more in reversed(list(zip(starts, kept, lost, strict=True))):
+    told = sum(start.seconds.get(kind, 0.0) for kind in ('step', 'data'))
+    rest = max(told - max(some, 0.0), 0.0)
+    # What a start cannot have lost was lost by those before.
+    gone += more
+    if start.how == _CRASH or start.how.startswith(_HUNG):
+      unfinished += max(rest - gone, 0.0)
+    gone = max(gone - rest, 0.0)
+  return unfinished
