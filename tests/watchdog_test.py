@@ -77,7 +77,7 @@ def test_a_save_in_the_background_is_watched_beside_all_else(monkeypatch):
   ended = []
   monkeypatch.setattr(Watchdog, '_end', lambda _, *what: ended.append(what))
   with Watchdog(0.1) as watchdog:
-    watchdog.watch_writing(lambda: 5.1)
+    watchdog.watch_writing(lambda: 4000.0)
     watchdog.begin('step', 'step 7')
     time.sleep(0.3)
     assert not ended  # nobody knows what a save takes
