@@ -185,7 +185,7 @@ def write_samples(
   codec: tokens.Codec,
   folder: epath.PathLike,
   known: drawn_lib.Drawn,
-  watch: Callable[[str, str], None] = lambda kind, what: None,
+  watch: Callable[[str, str], None],
 ) -> dict[str, Any]:
   """Draws samples of every prompt and writes them to FOLDER/sample-I.*.
 

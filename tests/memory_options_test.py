@@ -124,3 +124,14 @@ def test_types_of_parameters_and_moments_are_what_the_config_says():
     np.testing.assert_allclose(
       np.asarray(a, np.float32), b, rtol=0.02, atol=0.02
     )
+
+
+def test_second_moments_are_float32_whatever_the_others_are():
+  """Squares of gradients decay too slowly for eight bits, with the usual b2."""
+  types = {'model.param_dtype': 'bfloat16'}
+  types['optimizer.momentum_dtype'] = 'bfloat16'
+  config = make_config(types)
+  mesh = partitioning.make_mesh(config.mesh, jax.devices())
+  adam = train_step.abstract_state(config, mesh).opt_state[1]
+  for moments, dtype in ((adam.mu, 'bfloat16'), (adam.nu, 'float32')):
+    assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype(dtype)}
