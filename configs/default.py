@@ -120,8 +120,8 @@ def get_config(arg: str = '') -> ConfigDict:
   k.save_every = 500  # steps
   k.save_minutes = 0.0  # besides; it goes when the next is there; 0: never
   k.keep_latest = 2  # of those of `save_every`
-  k.keep_best = 1  # by the evaluation during training
-  k.keep_every = 0  # steps, of which all are kept; 0: none
+  k.keep_best = 1  # by evaluations of steps that are saved
+  k.keep_every = 0  # steps, a multiple of save_every; all are kept; 0: none
   # Of the memory of a host, what a process takes to save or restore; a state of
   # more than half of it is saved in parts, while training waits; 0: no limit.
   k.max_host_gb = 64.0

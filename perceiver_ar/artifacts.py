@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from perceiver_ar import distributed
 from perceiver_ar import drawn as drawn_lib
 from perceiver_ar.config import SampleConfig
 from perceiver_ar.data import (
@@ -28,6 +29,10 @@ from perceiver_ar.data import pipeline as pipeline_lib
 from perceiver_ar.errors import UserError
 from perceiver_ar.progress import Progress
 from perceiver_ar.sample import Sampler
+
+# Music is played by one process, which may take minutes a sample: the others
+# wait for each, and not for all in one.
+_WRITTEN = 'written'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,16 +228,12 @@ def write_samples(
   watch('end', 'writing the samples')
   seconds = time.monotonic() - start
   num_tokens = sum(len(sample.ids) for sample in drawn) - num_known
-  about = [
-    {
-      'file': file,
-      'prompt': at // how.num_samples,
-      'num_tokens': len(sample.ids),
-      'ended': sample.ended,
-    }
-    | sample.close()
-    for at, (file, sample) in enumerate(zip(files, drawn, strict=True))
-  ]
+  about = []
+  for at, (file, sample) in enumerate(zip(files, drawn, strict=True)):
+    facts = {'num_tokens': len(sample.ids), 'ended': sample.ended}
+    prompt = at // how.num_samples
+    about.append({'file': file, 'prompt': prompt} | facts | sample.close())
+    distributed.barrier(_WRITTEN)
   report = {
     **dataclasses.asdict(how),
     'seconds': round(seconds, 3),
@@ -257,6 +258,9 @@ def draw_along(
     before_BT = known.of(i, how.num_samples)
     for _ in _new_tokens(sampler, prompt, length, before_BT, watch):
       pass  # all are drawn by all
+  watch('end', 'waiting for the samples')
+  for _ in range(len(prompts) * how.num_samples):
+    distributed.barrier(_WRITTEN)
 
 
 def _new_tokens(
@@ -279,6 +283,7 @@ def _new_tokens(
     if has_ended_B.all():
       return
     if left > 0:
+      distributed.check_present('sample')  # the next would fail, or wait
       watch('sample', f'the next tokens of {left} that are left')
 
 

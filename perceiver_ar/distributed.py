@@ -166,6 +166,10 @@ def barrier(name: str) -> None:
       missing = [p for p in all_p if p not in here and p not in left]
       if not missing:
         _say_who_left(name, left)
+        raise HostsError(
+          f'{name}: process {me()} came when the others had waited '
+          f'{_job.seconds:g} s, and they wait no more'
+        )
       names = {str(p): host for p, host in enumerate(_job.names)}
       raise HostsError(
         roll_call.missing_sentence(name, missing, names, _job.seconds)

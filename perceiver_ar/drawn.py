@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from perceiver_ar import distributed
+from perceiver_ar import distributed, paths
 
 _NAME = 'unfinished.npz'
 _EVERY_SECONDS = 5.0  # at most so many are lost by a crash
@@ -55,10 +55,7 @@ class Drawn:
     np.savez_compressed(
       content, allow_pickle=False, request=np.array(self._request), **arrays
     )
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._path.parent / f'{self._path.name}.tmp'
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(self._path)
+    paths.write_whole(self._path, content.getvalue())
     self._told = time.monotonic()
 
   def remove(self) -> None:

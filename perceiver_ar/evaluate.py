@@ -145,7 +145,8 @@ class Evaluator:
         distributed.collective(f'scores of blocks from {first}')
         scores = self._step(params, batch)
         sent = self._exchange.send(
-          host_reports.Report(stop=asked(), failed=self._error is not None)
+          host_reports.Report(stop=asked(), failed=self._error is not None),
+          f'blocks from {first}',
         )
         # The device works on these while the host adds up those before.
         if waiting:

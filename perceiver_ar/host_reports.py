@@ -58,13 +58,18 @@ class Exchange:
       out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
-  def send(self, report: Report) -> Any:
-    """Something to `read`, by all processes in the same order."""
+  def send(self, report: Report, of: str) -> Any:
+    """Something to `read`, by all processes in the same order.
+
+    Args:
+      report: this process's.
+      of: what it is about, for people, such as 'step 57'.
+    """
     row = _encode(report)[None]
     if len(self._first_P) == 1:
       return row
     shape = (self._num_devices, row.shape[1])
-    distributed.collective('reports of the hosts')
+    distributed.collective(f'reports of {of}')
     return self._gather(
       jax.make_array_from_callback(shape, self._sharding, lambda _: row)
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from perceiver_ar import checkpoint, config, saved_step
+from perceiver_ar import checkpoint, config, lines, saved_step
 from perceiver_ar.checkpoint import Path
 from perceiver_ar.checksums import flatten, nest
 from perceiver_ar.errors import UserError
@@ -101,13 +101,21 @@ def diff(
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
       rows.append({'name': name, 'shapes': [_shape(a), _shape(b)]})
     elif a.tobytes() != b.tobytes():
-      off = np.abs(a.astype(np.float64) - b.astype(np.float64))
-      rows.append({'name': name, 'largest_difference': float(off.max())})
+      off = _largest_difference(a, b)
+      rows.append({'name': name, 'largest_difference': lines.plain(off)})
   return {
     'steps': steps,
     'config': config.differences(*configs),
     'arrays': rows,
   }
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+  """Of two arrays; NaN where one alone has it."""
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  with np.errstate(invalid='ignore'):  # infinity less infinity
+    off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+  return float(off.max())
 
 
 def export(workdir: Path, step: int | None, path: Path) -> dict[str, Any]:

@@ -126,8 +126,10 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     )
     evaluator = evaluate.Evaluator(config, documents, mesh)
     distributed.barrier('evaluation')
-    begins = lambda: watchdog.watch('evaluation', 'the evaluation') or 0
-    report = evaluator.run(params, visible=is_first, asked=begins)
+    doing = 'evaluation', 'the evaluation'
+    with stopping.ended_together(jax.process_count()) as stop:
+      asked = lambda: watchdog.watch(*doing) or stop.signal or 0
+      report = evaluator.run(params, visible=is_first, asked=asked)
   report = {'step': step} | report
   if is_first:
     folder = epath.Path(args.workdir)
@@ -229,10 +231,7 @@ def _drill(args: argparse.Namespace, rest: list[str]) -> int:
   _refuse(rest, 'drill')
   if args.processes < 1:
     raise UserError(f'--processes={args.processes} must be at least 1')
-  import jax
-
-  # Its jobs run there, and a run may hold the accelerators.
-  jax.config.update('jax_platforms', 'cpu')
+  _leave_accelerators()  # its jobs run without, too
   from perceiver_ar.drill import drills
 
   if args.list:
@@ -267,6 +266,7 @@ def _checkpoint(args: argparse.Namespace, rest: list[str]) -> int:
       raise UserError(
         f'checkpoint {args.action} does not read --{name}; leave it out'
       )
+  _leave_accelerators()
   from perceiver_ar import inspection
 
   if args.action == 'export':
@@ -323,16 +323,20 @@ def _list_or_verify(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace, rest: list[str]) -> int:
   _refuse(rest, 'report')
-  import jax
-
-  # The run may hold the accelerators.
-  jax.config.update('jax_platforms', 'cpu')
+  _leave_accelerators()
   from perceiver_ar.report import document
 
   run = document.read(args.workdir)
   print('\n'.join(document.describe(run)))
   print(document.write(run, [], args.output))
   return 0
+
+
+def _leave_accelerators() -> None:
+  """To a run that may hold them."""
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
 
 
 def _sets(rest: list[str], key: str) -> bool:

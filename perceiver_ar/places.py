@@ -48,6 +48,10 @@ def find_place(
     num_processes: of the job.
     process_id: of this one, from 0.
     seconds: to wait for the name of process 0 to be known.
+
+  Raises:
+    UserError: not all flags are given, or they make no place.
+    HostsError: others are there, and nothing tells which one this is.
   """
   flags = (address, num_processes, process_id)
   if any(flag is not None for flag in flags):
@@ -64,11 +68,13 @@ def find_place(
   except Exception as error:  # whatever a metadata server does
     raise HostsError(
       f'this is {kind}, and its place in the job cannot be told ({error}); '
-      'give it by --coordinator, --num_processes and --process_id'
+      'give it by --coordinator, --num_processes and --process_id, or set '
+      'TPU_SKIP_MDS_QUERY=1 where a TPU host is alone'
     ) from error
   address, num_processes, process_id, devices = place
-  if address is None or num_processes is None or process_id is None:
-    return Place()  # TPU chips, and nothing that knows of other hosts
+  # Alone it would train beside the others, in the same folder.
+  assert address is not None, f'JAX has no {method}'
+  assert num_processes is not None and process_id is not None
   # JAX gives each task of SLURM one device, but a node's only task has all.
   if num_processes == int(os.environ.get('SLURM_STEP_NUM_NODES', 0)):
     devices = None

@@ -149,6 +149,7 @@ class Sampler:
     # Whole chunks come last, so that only the first may need a compile more.
     for end in list(range(num, first, -chunk))[::-1]:
       begin = max(first, end - chunk)
+      distributed.collective(f'keys and values from {begin}')
       cache = self._write(
         self._params,
         known_BT[:, begin:end],

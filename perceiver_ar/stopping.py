@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from perceiver_ar import journal
-from perceiver_ar.errors import RESTART
+from perceiver_ar.errors import RESTART, HostsError
+
+_NOTHING_TO_SAVE = 'SIGTERM: ended with nothing to save; run again'
 
 
 @contextlib.contextmanager
@@ -49,8 +51,7 @@ def restarted_on_sigterm() -> Iterator[None]:
 
 
 def _leave() -> None:
-  said = 'perceiver-ar: SIGTERM: ended with nothing to save; run again'
-  print(said, file=sys.stderr, flush=True)
+  print(f'perceiver-ar: {_NOTHING_TO_SAVE}', file=sys.stderr, flush=True)
   journal.end_at_once('SIGTERM', RESTART)
   # Not imported here: it may be in the middle of that.
   distributed = sys.modules.get('perceiver_ar.distributed')
@@ -89,3 +90,22 @@ class Stop:
     if self.signal is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal = self.signal or number
+
+
+@contextlib.contextmanager
+def ended_together(num_processes: int) -> Iterator[Stop]:
+  """Of several processes none ends by itself, which would break the others.
+
+  One alone does, and at once. There is nothing to save.
+
+  Raises:
+    HostsError, KeyboardInterrupt: for what is `Interrupted` in it.
+  """
+  stop = Stop()
+  with stop.on_signals() if num_processes > 1 else contextlib.nullcontext():
+    try:
+      yield stop
+    except Interrupted as interrupted:
+      if interrupted.signal == signal.SIGINT:
+        raise KeyboardInterrupt from None
+      raise HostsError(_NOTHING_TO_SAVE) from None

@@ -179,12 +179,13 @@ class _Loop:
       contextlib.ExitStack() as listening,
     ):
       if self._is_owed:
-        loss = self._evaluate(first_step, state)
+        with self._stop.on_signals():
+          loss = self._evaluate(first_step, state)
         self._checkpoints.learn({first_step: loss})
       step = first_step - 1
       self._clock = self._began = time.monotonic()
       self._blocked = 0.0  # seconds of this step that it waited for devices
-      for step in range(first_step, num_steps):
+      for step in () if self._stopping else range(first_step, num_steps):
         kind = 'start' if step == first_step else 'step'
         self._watchdog.begin(kind, f'step {step}')
         batch = next(batches)
@@ -208,7 +209,7 @@ class _Loop:
           self._watchdog.begin('step', f'step {step}')
         distributed.collective(f'step {step}')
         state, sums = train_step(state, batch.arrays)
-        sent = self._exchange.send(self._report(batch))
+        sent = self._exchange.send(self._report(batch), f'step {step}')
         self._record()
         self._checkpoints.check()
         self._pending = step, sums, sent

@@ -10,7 +10,7 @@ from etils import epath
 from runs import ROOT, start, wait_until, write_texts
 from tiny import make_config
 
-from perceiver_ar import artifacts, drawn
+from perceiver_ar import artifacts, distributed, drawn
 from perceiver_ar.data import image, music, text, tokens
 from perceiver_ar.errors import UserError
 
@@ -122,6 +122,35 @@ def test_repairs_are_counted_and_what_is_unfinished_is_marked(tmp_path):
   )
   about = report['samples'][0]
   assert (about['complete'], about['repairs']) == (False, 0)
+
+
+def test_the_others_wait_for_each_sample_and_see_who_has_left(
+  tmp_path, monkeypatch
+):
+  """Music takes its time, and all in one would be too long for a barrier."""
+  done = []
+  for name in ('barrier', 'check_present'):
+    monkeypatch.setattr(
+      distributed, name, lambda at, name=name: done.append((name, at))
+    )
+  close = artifacts._Sample.close
+  monkeypatch.setattr(
+    artifacts._Sample,
+    'close',
+    lambda self: (done.append('close'), close(self))[1],
+  )
+  parts, prompts = [[[5] * 3] * 2] * 2, [artifacts.NOTHING] * 3
+  raster = image.ImageCodec(RASTER)
+  write(Script(*parts), raster, prompts, tmp_path)
+  first = [x for x in done if x != 'close']
+  assert done[-12:] == ['close', ('barrier', 'written')] * 6
+  done.clear()
+  how = make_config({'sample.num_samples': 2, 'sample.length': 6}).sample
+  known = drawn.Drawn(epath.Path(tmp_path), 'this')
+  other: Any = Script(*parts)
+  artifacts.draw_along(other, prompts, how, known, lambda kind, what: None)
+  assert done == first
+  assert done.count(('check_present', 'sample')) == 3
 
 
 @pytest.mark.parametrize('after', [0, 1, 2])

@@ -57,6 +57,10 @@ _SINUSOIDAL = {'model.position_encoding': 'sinusoidal'}
     ({'optimizer.gradient': 'max'}, 'optimizer.gradient'),
     # Keys at odds with each other.
     ({'model.num_latents': 4096}, 'model.num_latents 4096 exceeds'),
+    (
+      {'checkpoint.save_every': 500, 'checkpoint.keep_every': 750},
+      'checkpoint.keep_every 750 is no multiple of checkpoint.save_every 500',
+    ),
     ({'model.embed_width': 100}, 'such as 104'),
     ({'model.num_self_heads': 3}, 'model.width 256 is not divisible'),
     (

@@ -7,6 +7,8 @@ import time
 
 import pytest
 from hosts import free_port
+from jax._src import hardware_utils
+from jax._src.clusters import cloud_tpu_cluster
 
 from perceiver_ar import distributed, places, roll_call
 from perceiver_ar.errors import HostsError, UserError
@@ -77,6 +79,34 @@ def test_slurm_says_where_a_process_is(monkeypatch):
 )
 def test_chips_and_variables_tell_tpu_hosts_apart(environ, num_chips, kind):
   assert places._surroundings(environ, num_chips) == kind
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+  """What its metadata server knows."""
+  known = {}
+  clear(monkeypatch)
+  monkeypatch.delenv('JAX_PLATFORMS')
+  monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', True)
+  monkeypatch.setattr(
+    cloud_tpu_cluster,
+    'get_metadata',
+    lambda key: (known.get(key, ''), 200 if key in known else 404),
+  )
+  chips = 'num_available_tpu_chips_and_device_id'
+  monkeypatch.setattr(hardware_utils, chips, lambda: (4, None))
+  return known
+
+
+def test_a_tpu_vm_asks_its_metadata_server(tpu_vm):
+  tpu_vm['worker-network-endpoints'] = 'localhost,other'
+  tpu_vm['agent-worker-number'] = '1'
+  assert find() == Place('TPU VM', 'localhost:8482', 2, 1)
+
+
+def test_a_tpu_vm_of_which_nothing_is_known_is_not_taken_to_be_alone(tpu_vm):
+  with pytest.raises(HostsError, match=r'TPU VM, .* cannot be told'):
+    find()
 
 
 @pytest.mark.parametrize(

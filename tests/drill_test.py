@@ -239,9 +239,9 @@ def test_every_fault_has_a_protection_to_remove():
   assert [row[0] for row in marks.args[1]] == [x.name for x in faults.FAULTS]
 
 
-def _some_start(scene, rng):
+def _some_start(scene, rng, moves):
   """A start that does not come to its end; the steps that damage costs."""
-  if rng.random() < 0.3:
+  if moves and rng.random() < 0.4:
     scene.num_processes = int(rng.integers(1, 4))
   reached = len(scene.rows())
   ways = ['save', 'restore', 'damage']
@@ -282,7 +282,8 @@ def test_whatever_happens_the_run_ends_as_if_nothing_had(seed, jobs_of):
   hosts = {before}
   costs = 0
   for _ in range(5):
-    costs = max(costs, _some_start(scene, rng))
+    # Where hosts stay the same, so does every bit.
+    costs = max(costs, _some_start(scene, rng, moves=seed % 2 == 1))
     hosts.add(scene.num_processes)
   scene.finish()
   # Those since a save, those that are made while it is written, and those that

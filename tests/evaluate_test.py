@@ -113,6 +113,24 @@ def test_blocks_are_the_published_ones():
   assert [max(0, block.end - 6) for block in blocks] == [0, 0, 1, 4]
 
 
+def test_a_host_reads_documents_of_its_own_rows_alone(monkeypatch):
+  documents = Documents([5] * 8)
+  _, evaluator = make_evaluator(documents, batch_size=4)
+  rows = partitioning.HostRows(np.array([1, 3]), np.array([True, True]))
+  monkeypatch.setattr(partitioning, 'host_rows', lambda mesh, total: rows)
+  monkeypatch.setattr(partitioning, 'global_batch', lambda batch, *_: batch)
+  read, reads = Documents.__getitem__, []
+  monkeypatch.setattr(
+    Documents,
+    '__getitem__',
+    lambda self, i: (reads.append(i), read(self, i))[1],
+  )
+  for first in (0, 4):
+    batch = evaluator._batch(evaluator._blocks[first : first + 4])
+    assert batch['tokens'].shape[0] == 2
+  assert reads == [1, 3, 5, 7]
+
+
 # The model was made for M = 24 and N = 8.
 @pytest.mark.parametrize(
   ('M', 'N', 'S'),

@@ -28,7 +28,7 @@ def test_a_report_arrives_as_it_was_sent(digest):
     data_seconds=0.25,
     own_seconds=1.5,
   )
-  assert exchange.read(exchange.send(sent)) == [sent]
+  assert exchange.read(exchange.send(sent, 'step 1')) == [sent]
 
 
 def test_the_slow_host_is_named_with_its_share(monkeypatch):

@@ -9,7 +9,7 @@ import bad_records
 import jax
 import numpy as np
 import pytest
-from hosts import ROOT, ends, start_job
+from hosts import ROOT, ends, free_port, start_job, start_process
 from runs import TINY, damage, final_params, rows, wait_until, write_texts
 
 from perceiver_ar import checkpoint, journal, workdir
@@ -252,6 +252,28 @@ def test_a_barrier_names_who_is_missing(tmp_path, name, late):
     late=(late, name),
   )
   assert_names_who_is_missing(job, name, late)
+
+
+@pytest.mark.slow
+def test_so_does_the_start(tmp_path):
+  words = ['--num_processes=2', f'--coordinator=127.0.0.1:{free_port()}']
+  words += ['--process_id=0', '--barrier_seconds=3', f'--workdir={tmp_path}']
+  ((status, said),) = ends([start_process([*_TRAIN, *words])])
+  assert status == 75, said
+  assert 'start: process 1 did not come within 3 s' in said
+  assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('process', [0, 1])
+def test_sigterm_to_one_ends_the_evaluation_of_all(alone, process):
+  """In the same batch, with the status on which launchers start them again."""
+  words = ['--config.evaluate.batch_size=2', f'--workdir={alone}']
+  faults = {process: {'sigterm_in_evaluation': 2}}
+  job = start_job('evaluate', *words, processes=2, faults=faults)
+  for said in assert_all_end(job, 75):
+    assert 'SIGTERM: ended with nothing to save; run again' in said
+    assert 'Traceback' not in said
 
 
 def assert_names_who_is_missing(job, name, late):

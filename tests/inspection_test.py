@@ -73,3 +73,16 @@ def test_export_holds_the_parameters_bit_for_bit(run, tmp_path):
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoint'):
     inspection.export(tmp_path, None, tmp_path / 'x')
+
+
+def test_diff_of_numbers_that_are_not_finite_is_json(run, tmp_path):
+  arrays = np.array([np.nan, np.inf, 1.0]), np.array([np.nan, np.inf, 1.5])
+  assert inspection._largest_difference(*arrays) == 0.5
+  ends = []
+  for name, value in (('a', jnp.nan), ('b', 1.0)):
+    state = {'step': jnp.int32(1), 'params': {'a': jnp.array([value, 2.0])}}
+    with Checkpoints(tmp_path / name, states.CONFIG.checkpoint) as checkpoints:
+      checkpoints.save(1, state, config=states.CONFIG, loss=None)
+    ends.append(tmp_path / name)
+  (row,) = inspection.diff(ends[0], None, ends[1], None)['arrays']
+  assert row == {'name': 'params/a', 'largest_difference': 'NaN'}

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from runs import ROOT, TINY, compiled_once, contents, damage
@@ -289,6 +290,23 @@ def test_checkpoints_are_listed_and_verified(copied, tmp_path, capsys):
   assert rows[1]['reason']
   assert run('evaluate', where, '--step=8') == 2
   assert 'checkpoints/8 is damaged' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'words',
+  [
+    ['drill', '--list'],
+    ['report', 'nothing'],
+    ['checkpoint', 'list', '--workdir=nothing'],
+    ['checkpoint', 'diff', 'nothing', 'other'],
+  ],
+  ids=' '.join,
+)
+def test_a_run_keeps_its_accelerators_whoever_looks_at_it(words, monkeypatch):
+  told = []
+  monkeypatch.setattr(jax.config, 'update', lambda *said: told.append(said))
+  run(*words)
+  assert ('jax_platforms', 'cpu') in told
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(copied, capsys):

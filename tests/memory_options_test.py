@@ -22,7 +22,18 @@ _MESH = {'data': 2, 'context': 2, 'model': 2}
     pytest.param(
       _MESH, {'model.token_table': 'always'}, marks=pytest.mark.slow
     ),
+    pytest.param(
+      _MESH,
+      {'model.token_table': 'always', 'train.num_microbatches': 2},
+      marks=pytest.mark.slow,
+    ),
     ({}, {'model.logits_block': 3}),
+    # Half as many rows as devices: these split a row's latents.
+    pytest.param(
+      {'context': 8},
+      {'model.logits_block': 1, 'train.num_microbatches': 2},
+      marks=pytest.mark.slow,
+    ),
     (_MESH, {'model.logits_block': 2}),
     pytest.param({}, {'model.remat': 'attention'}, marks=pytest.mark.slow),
     ({}, {'model.remat': 'offload'}),

@@ -63,6 +63,10 @@ _MESHES = [
   _slow({'slice': 2, 'data': 2, 'context': 2}, 1),
   _slow({'slice': 2, 'context': 2, 'model': 2}, 2),
   _slow({'data': 2, 'context': 2, 'model': 2}, 2),
+  _slow({'data': 2, 'context': 2, 'rules': 'context'}, 1),
+  _slow({'slice': 2, 'model': 2}, 1),
+  _slow({'slice': 2, 'context': 2, 'model': 2}, 1),
+  _slow({'slice': 2, 'data': 2}, 2),
 ]
 _ALL_FOUR = {'slice': 2, 'data': 2, 'context': 2, 'model': 2}
 
@@ -99,6 +103,10 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(
       },
     ),
     ('fsdp_tensor_vocab', {'model.vocab_size': 32}),
+    (
+      'fsdp_tensor_vocab',
+      {'model.vocab_size': 32, 'train.num_microbatches': 1},
+    ),
     ('fsdp_tensor_vocab', {'model.vocab_size': 32, 'model.logits_block': 3}),
     ('fsdp_tensor', {'train.reduce_gradients_once': False}),
     ('tensor', {'train.reduce_gradients_once': False}),
@@ -110,8 +118,8 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(
 def test_nor_do_they_with_what_else_a_model_may_have(rules, changes):
   one_sums, one_grads, _ = gradients(config_on({}, **changes))
   mesh = {'data': 2, 'context': 2, 'model': 2, 'rules': rules}
-  parts = {'train.num_microbatches': 2}
-  sums, grads, _ = gradients(config_on(mesh, **changes, **parts))
+  changes = {'train.num_microbatches': 2} | changes
+  sums, grads, _ = gradients(config_on(mesh, **changes))
   assert_close(sums, one_sums)
   assert_close(grads, one_grads)
 

@@ -194,14 +194,17 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
       os.kill(os.getpid(), signal.SIGTERM)
     return make(self, blocks)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(evaluate.Evaluator, 'run', counted)
-    patch.setattr(evaluate.Evaluator, '_batch', batch)
-    assert train.train_and_evaluate(config, tmp_path / 'run') == RESTART
-  assert 1 <= len(batches) <= 2
-  # At step 3 nothing is saved otherwise.
-  assert checkpoint.saved_steps(tmp_path / 'run')[-1] == step
-  assert f'SIGTERM: step {step} is saved' in capsys.readouterr().out
+  # The second time nothing but that evaluation has begun.
+  for _ in range(2):
+    with monkeypatch.context() as patch:
+      patch.setattr(evaluate.Evaluator, 'run', counted)
+      patch.setattr(evaluate.Evaluator, '_batch', batch)
+      assert train.train_and_evaluate(config, tmp_path / 'run') == RESTART
+    assert 1 <= len(batches) <= 2
+    # At step 3 nothing is saved otherwise.
+    assert checkpoint.saved_steps(tmp_path / 'run')[-1] == step
+    assert f'SIGTERM: step {step} is saved' in capsys.readouterr().out
+    evaluations[:], batches[:] = range(3, step, 3), []
   evaluated = [row['step'] for row in rows(tmp_path / 'run') if 'split' in row]
   assert evaluated == [x for x in (3, 6) if x < step]
   learn, known = checkpoint.Checkpoints.learn, {}
@@ -315,6 +318,15 @@ def test_a_constant_schedule_may_go_on_for_longer(tmp_path, undisturbed):
   train.train_and_evaluate(copy_config(train__num_steps=3), tmp_path)
   assert rows(tmp_path)[-1]['step'] == 3
   train.train_and_evaluate(copy_config(), tmp_path)
+  assert_training_is_the_same(tmp_path, undisturbed)
+
+
+def test_a_run_with_moments_on_its_host_goes_on_as_any_other(
+  tmp_path, undisturbed
+):
+  offload = {'optimizer__offload': True}
+  train.train_and_evaluate(copy_config(train__num_steps=4, **offload), tmp_path)
+  assert train.train_and_evaluate(copy_config(**offload), tmp_path) == 0
   assert_training_is_the_same(tmp_path, undisturbed)
 
 
@@ -591,10 +603,10 @@ def test_what_a_host_waits_for_devices_is_none_of_its_work(
   send, read = host_reports.Exchange.send, host_reports.Exchange.read
   sent = []
 
-  def seen(self, report):
+  def seen(self, report, of):
     if report.digest:  # of a step, not of an evaluation
       sent.append(report)
-    return send(self, report)
+    return send(self, report, of)
 
   def late(self, reports):
     time.sleep(0.2)

@@ -97,6 +97,7 @@ def _hang(scene: Scene) -> None:
     job = scene.resume(faults=_PACED | {'hang_at': step}, on=on)
     scene.demand_restart(job, RESTART)
     scene.demand(job, f'hangs in .* {HANG_SECONDS:.0f} s')
+    scene.demand(job, "last collective '[^']*step [0-9]+'")
     scene.demand(job, 'most recent call first')  # the stacks
   scene.finish()
 

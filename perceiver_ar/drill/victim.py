@@ -28,6 +28,7 @@ from jax._src import cache_key
 from perceiver_ar import (
   checkpoint,
   distributed,
+  evaluate,
   flops,
   gradients,
   main,
@@ -113,6 +114,18 @@ def _starve(seconds: float) -> None:
         yield batch
 
   pipeline.train_batches = loaded
+
+
+def _sigterm_in_evaluation(number: int) -> None:
+  """When that batch of an evaluation is made, from 0."""
+  make, batches = evaluate.Evaluator._batch, itertools.count()
+
+  def batch(self: evaluate.Evaluator, blocks: Any) -> Any:
+    if next(batches) == number:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return make(self, blocks)
+
+  evaluate.Evaluator._batch = batch
 
 
 def _flip_at(step: int) -> None:
@@ -252,6 +265,7 @@ _FAULTS: dict[str, Callable[[Any], None]] = {
   'kill_in_save': _kill_in_save,
   'nan_at': _nan_at,
   'pace': _pace,
+  'sigterm_in_evaluation': _sigterm_in_evaluation,
   'starve': _starve,
   'without': _without,
 }

@@ -108,10 +108,12 @@ def _moved_bytes(
   read = [body[n] for n in instruction.operand_names if n in body]
   if instruction.opcode == 'dynamic-update-slice':  # in place
     return 2 * sum(a.padded_bytes for a in read[1].arrays)
-  arrays = [a for i in (instruction, *read) for a in i.arrays]
+  sizes = [a.padded_bytes for i in (instruction, *read) for a in i.arrays]
+  if any(i.opcode == 'scatter' for i in module.within(instruction)):
+    return sum(sizes)
   # A slice of a stacked array is read by itself, not with all the others.
   most = max((a.padded_bytes for a in instruction.arrays), default=0)
-  return sum(min(a.padded_bytes, 2 * most) for a in arrays)
+  return sum(min(size, 2 * most) for size in sizes)
 
 
 def has_dot(module: Module, instruction: Instruction) -> bool:

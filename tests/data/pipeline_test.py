@@ -72,6 +72,19 @@ def test_hosts_share_the_rows_of_one_global_batch(open_train, kind, hosts):
     assert sum(shares) % 2**64 == pipeline.digest(batch, range(8))
 
 
+def test_a_host_reads_documents_of_its_own_rows_alone(open_train, monkeypatch):
+  config, documents = open_train()
+  source, reads = type(documents), []
+  read = source.__getitem__
+  monkeypatch.setattr(
+    source, '__getitem__', lambda self, i: (reads.append(i), read(self, i))[1]
+  )
+  for rows_b in ([1, 6], [0, 2, 3, 4, 5, 7]):
+    reads.clear()
+    batches = _batches(config, documents, 0, rows_b)
+    assert len(reads) == len(batches) * len(rows_b)
+
+
 @pytest.mark.parametrize('kind', ['prepared', 'copy'])
 @pytest.mark.parametrize('first_step', [1, 5, 11, 12, 13])
 def test_a_run_continues_at_any_step(open_train, kind, first_step):

@@ -10,7 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from jax._src import hardware_utils
+from jax._src.clusters import cloud_tpu_cluster
 
+from perceiver_ar import places
 from perceiver_ar.errors import MISTAKE, RESTART
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -162,9 +165,6 @@ def test_a_slice_has_a_node_pool_of_its_own(capsys):
 def test_jax_finds_its_processes_without_being_told(
   capsys, monkeypatch, num_slices
 ):
-  from jax._src.clusters import cloud_tpu_cluster
-
-  cluster = cloud_tpu_cluster.GkeTpuCluster
   manifest = _rendered(capsys, topology='v5e:4x4', num_slices=num_slices)
   name, hosts = manifest['metadata']['name'], _job(manifest)['completions']
   domain = manifest['spec']['network']['subdomain']
@@ -177,6 +177,11 @@ def test_jax_finds_its_processes_without_being_told(
   monkeypatch.setattr(socket, 'gethostbyname', known.__getitem__)
   # What the environment has not, JAX asks a server for; here it knows nothing.
   monkeypatch.setattr(cloud_tpu_cluster, 'get_metadata', lambda key: ('', 404))
+  monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', True)
+  chips = 'num_available_tpu_chips_and_device_id'
+  monkeypatch.setattr(hardware_utils, chips, lambda: (4, None))
+  for name in ('TPU_SKIP_MDS_QUERY', 'SLURM_STEP_NODELIST'):
+    monkeypatch.delenv(name, raising=False)
   found = set()
   for index, host in pods:
     for key, value in _env(manifest, index).items():
@@ -186,10 +191,12 @@ def test_jax_finds_its_processes_without_being_told(
     monkeypatch.setenv('TPU_WORKER_HOSTNAMES', mates)
     monkeypatch.setenv('TPU_WORKER_ID', str(host))
     monkeypatch.delenv('JAX_PLATFORMS')
-    assert cluster.get_process_count() == num_slices * hosts
-    address = cluster.get_coordinator_address(1, None)
-    assert address == f'{pods[0, 0]}:8482'
-    found.add(cluster.get_process_id())
+    place = places.find_place(None, None, None, seconds=1)
+    assert place.kind.startswith('GKE')
+    assert place.num_processes == num_slices * hosts
+    assert place.address == f'{pods[0, 0]}:8482'
+    assert place.local_device_ids is None
+    found.add(place.process_id)
   assert found == set(range(num_slices * hosts))
 
 

@@ -7,6 +7,7 @@ from tiny import CONFIGS, make_config
 
 from perceiver_ar import config as config_lib
 from perceiver_ar import partitioning
+from perceiver_ar.config import MeshConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.plan import advice, memory, page, plans, programs
 from perceiver_ar.plan.machine import open_machine
@@ -56,6 +57,7 @@ def assert_adds_up(plan, analysis):
   assert sizes['optimizer_state'] == pytest.approx(
     2 * sizes['parameters'], rel=0.05
   )
+  assert sizes['gradients'] == pytest.approx(sizes['parameters'], rel=0.05)
 
 
 @pytest.mark.slow
@@ -149,19 +151,57 @@ def test_so_is_all_else_that_a_config_may_ask_for(changes):
     ('books.py:long_1m', 'v5p:8x8x8'),
     ('images.py:imagenet64', 'v5e:16x16'),
     ('images.py:imagenet64', 'v4:4x4x4'),
-    ('copy_task.py:copy_131072', 'v5p:4x4x4'),
+    ('copy_task.py:copy_131072', 'v5p:4x4x8'),
   ],
 )
 def test_state_and_gradients_fit_the_meshes_that_the_documentation_names(
   name, topology
 ):
   """What is compiled there is for `perceiver-ar plan`, and takes minutes."""
+  machine = open_machine(topology, 1)
+  least = plans.least_bytes(_published(name), machine, 'train')
+  assert 0 < least < machine.chip.usable_bytes
+
+
+def _published(name):
   file, _, arg = name.partition(':')
   module = runpy.run_path(str(CONFIGS / file))
-  config = config_lib.resolve(module['get_config'](arg))
-  machine = open_machine(topology, 1)
-  least = plans.least_bytes(config, machine, 'train')
-  assert 0 < least < machine.chip.usable_bytes
+  return config_lib.resolve(module['get_config'](arg))
+
+
+@pytest.mark.slow
+def test_what_only_moves_data_takes_little_of_a_long_step():
+  machine = open_machine('v5p:4x4x4', 1)
+  plan = plans.make_plan(
+    _published('books.py:long'), machine, 'train', machine.chip.usable_bytes
+  )
+  assert plan.fits
+  assert plan.seconds['data_movement'] < 0.15 * plan.seconds['total']
+  over_context = {r.phase for r in plan.collectives if 'context' in r.axis}
+  assert over_context == {'input', 'gradient'}
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 1, 2), (4, 1, 1)])
+def test_only_the_slice_axis_goes_from_slice_to_slice(sizes):
+  machine = open_machine('v5e:2x2', 2)
+  devices = _mesh(2, sizes, machine).devices
+  assert devices.shape == (2, *sizes)
+  slices = [{d.slice_index for d in part.flat} for part in devices]
+  assert sorted(slices) == [{0}, {1}]
+
+
+@pytest.mark.parametrize(('asked', 'slices'), [(1, 2), (2, 1), (4, 2)])
+def test_the_slice_axis_is_as_long_as_there_are_slices(asked, slices):
+  machine = open_machine('v5e:2x2', slices)
+  sizes = (len(machine.devices) // asked, 1, 1)
+  with pytest.raises(UserError, match=f'set mesh.slice={slices}$'):
+    _mesh(asked, sizes, machine)
+
+
+def _mesh(num_slices, sizes, machine):
+  keys = dict(zip(('data', 'context', 'model'), sizes, strict=True))
+  config = MeshConfig(slice=num_slices, rules='fsdp', **keys)
+  return partitioning.make_mesh(config, machine.devices)
 
 
 @pytest.mark.slow

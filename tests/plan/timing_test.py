@@ -18,6 +18,30 @@ ENTRY %main (p: f32[16,128], i: s32[8]) -> f32[8,128] {
 """
 
 
+_SCATTERED = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (t: f32[8,128], k: s32[64,1], u: f32[64,128]) -> f32[8,128] {
+  %t = f32[8,128]{1,0} parameter(0)
+  %k = s32[64,1]{1,0} parameter(1)
+  %u = f32[64,128]{1,0} parameter(2)
+  ROOT %s = f32[8,128]{1,0} scatter(%t, %k, %u), to_apply=%add
+}
+
+ENTRY %main (p: f32[8,128], i: s32[64,1], x: f32[64,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %i = s32[64,1]{1,0} parameter(1)
+  %x = f32[64,128]{1,0} parameter(2)
+  ROOT %f = f32[8,128]{1,0} fusion(%p, %i, %x), kind=kCustom, calls=%body
+}
+"""
+
+
 _OFFLOADED = """HloModule step
 
 ENTRY %main (h: f32[4,8,128], x: f32[8,128]) -> f32[4,8,128] {
@@ -54,3 +78,14 @@ def test_what_has_no_cycles_is_counted_by_its_bytes():
   want = 700 / chip.clock_hz + (gathered + 999) / chip.hbm_bandwidth
   assert seconds['data_movement'] == pytest.approx(want)
   assert seconds['total'] == pytest.approx(want)
+
+
+def test_what_is_scattered_is_read_whole():
+  chip = chips.find_chip('v5p')
+  work = Work(0.0, 0.0, 0.0)
+  seconds = timing.estimate(
+    Module(_SCATTERED), chip, work, 2, 'bfloat16', [], 1
+  )
+  moved = 4 * (2 * 8 * 128 + 64 * 128 + 64)
+  want = moved / chip.hbm_bandwidth
+  assert seconds['data_movement'] == pytest.approx(want)
