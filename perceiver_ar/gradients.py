@@ -163,9 +163,11 @@ def _over_microbatches(
 ) -> tuple[Params, Sums]:
   num = config.train.num_microbatches
 
+  def loss(params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    return _loss_sum(params, batch, key, config)
+
   def grad(batch: Batch) -> tuple[Params, Sums]:
-    loss = functools.partial(_loss_sum, config=config)
-    grads, sums = jax.grad(loss, has_aux=True)(params, batch, key)
+    grads, sums = jax.grad(loss, has_aux=True)(params, batch)
     return parameters.in_float32(grads), sums
 
   if num == 1:
@@ -180,9 +182,9 @@ def _over_microbatches(
 
   parts = jax.tree.map(split, batch)
   first = jax.tree.map(lambda x: x[0], parts)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, first)
-  )
+  # Of the sums the names are asked for, forward alone.
+  like = params, jax.eval_shape(loss, params, first)[1]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
   return jax.lax.scan(one, zeros, parts)[0]
 
 
