@@ -146,10 +146,12 @@ def test_the_others_wait_for_each_sample_and_see_who_has_left(
   assert done[-12:] == ['close', ('barrier', 'written')] * 6
   done.clear()
   how = make_config({'sample.num_samples': 2, 'sample.length': 6}).sample
-  known = drawn.Drawn(epath.Path(tmp_path), 'this')
+  known = drawn.Drawn(epath.Path(tmp_path / 'other'), 'this')
   other: Any = Script(*parts)
+  before = names(tmp_path)
   artifacts.draw_along(other, prompts, how, known, lambda kind, what: None)
   assert done == first
+  assert names(tmp_path) == before  # files are one process's
   assert done.count(('check_present', 'sample')) == 3
 
 

@@ -37,6 +37,11 @@ _MESH = {'data': 2, 'context': 2, 'model': 2}
     (_MESH, {'model.logits_block': 2}),
     pytest.param({}, {'model.remat': 'attention'}, marks=pytest.mark.slow),
     ({}, {'model.remat': 'offload'}),
+    pytest.param(
+      _MESH,
+      {'model.remat': 'offload', 'train.num_microbatches': 2},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=str,
 )

@@ -96,7 +96,7 @@ def _head(plan: Plan) -> Iterator[str]:
   )
   yield (
     f'              recomputed, {kernels:.0%} in attention kernels (with what '
-    'they mask and pad)'
+    'these mask,\n              pad and compute again)'
   )
   if plan.saved_flops:
     yield (
@@ -168,7 +168,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     yield (
       f'  matmul and data movement: cycles expected by the compiler at '
       f'{chip.clock_hz / 1e9:.4g} GHz;\n  of what it says none (gathers, '
-      f'scatters, sorts): bytes at {chip.hbm_bandwidth / 1e9:,.0f} GB/s'
+      f'scatters, sorts): bytes at {chip.hbm_bandwidth / 1e9:,.0f} GB/s\n'
+      '  the gradient of a bias is a sum made by a matmul, and is one here'
     )
   peak = chip.peak_flops[plan.config.model.dtype]
   yield (
