@@ -44,8 +44,8 @@ demo-copy: .venv/demo  ## the same on copies of 1,024 tokens
 test: .venv/dev  ## the quick tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# And whoever is done first takes over: of these some take minutes. One more than
-# there are cores, as jobs of several processes often wait for each other.
+# And whoever is done first takes over: of these some take minutes. One more
+# than there are cores, as jobs of several processes often wait for each other.
 test-all: .venv/all  ## every test, the slow ones too
 	$(BIN)/pytest -n 3 --dist worksteal -m ''
 

@@ -31,7 +31,7 @@ from perceiver_ar.progress import Progress
 from perceiver_ar.sample import Sampler
 
 # Music is played by one process, which may take minutes a sample: the others
-# wait for each, and not for all in one.
+# wait for each, and for what is beside a prompt, and not for all in one.
 _WRITTEN = 'written'
 
 
@@ -225,20 +225,21 @@ def write_samples(
       for new_BT in _new_tokens(sampler, prompt, length, before_BT, watch):
         known.add(i, new_BT)
         _take(own, new_BT, progress)
-  watch('end', 'writing the samples')
+  known.write()  # whatever becomes of the others while files are written
   seconds = time.monotonic() - start
   num_tokens = sum(len(sample.ids) for sample in drawn) - num_known
   about = []
   for at, (file, sample) in enumerate(zip(files, drawn, strict=True)):
     facts = {'num_tokens': len(sample.ids), 'ended': sample.ended}
     prompt = at // how.num_samples
+    watch('file', f'writing {file}')
     about.append({'file': file, 'prompt': prompt} | facts | sample.close())
     distributed.barrier(_WRITTEN)
   report = {
     **dataclasses.asdict(how),
     'seconds': round(seconds, 3),
     'tokens_per_second': round(max(num_tokens, 0) / seconds, 1),
-    **_companions(codec, prompts, lengths, drawn, target),
+    **_companions(codec, prompts, lengths, drawn, target, watch),
     'samples': about,
   }
   known.remove()
@@ -253,13 +254,15 @@ def draw_along(
   watch: Callable[[str, str], None],
 ) -> None:
   """What `write_samples` draws on process 0, on the others: nothing is kept."""
-  for i, prompt in enumerate(prompts):
-    length = sampler.room(len(prompt.tokens_T), how.length)
+  lengths = [
+    sampler.room(len(prompt.tokens_T), how.length) for prompt in prompts
+  ]
+  for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
     before_BT = known.of(i, how.num_samples)
     for _ in _new_tokens(sampler, prompt, length, before_BT, watch):
       pass  # all are drawn by all
   watch('end', 'waiting for the samples')
-  for _ in range(len(prompts) * how.num_samples):
+  for _ in range(len(prompts) * (how.num_samples + 1)):
     distributed.barrier(_WRITTEN)
 
 
@@ -275,6 +278,7 @@ def _new_tokens(
   left = length - before_BT.shape[1]
   if has_ended_B.all() or left <= 0:
     return
+  distributed.check_present('sample')
   watch('prompt', 'the first tokens after a prompt')
   for new_BT in sampler.run(_start(prompt.tokens_T), length, before_BT):
     yield new_BT
@@ -283,7 +287,7 @@ def _new_tokens(
     if has_ended_B.all():
       return
     if left > 0:
-      distributed.check_present('sample')  # the next would fail, or wait
+      distributed.check_present('sample')  # else the next would fail
       watch('sample', f'the next tokens of {left} that are left')
 
 
@@ -340,11 +344,13 @@ def _companions(
   lengths: list[int],
   drawn: Sequence[_Sample],
   folder: epath.Path,
+  watch: Callable[[str, str], None],
 ) -> dict[str, Any]:
   """Prompts and originals beside the samples, and a picture of pictures."""
   per_prompt = len(drawn) // len(prompts)
   entries, rows = [], []
   for i, prompt in enumerate(prompts):
+    watch('file', f'writing what is beside prompt {i}')
     num = len(prompt.tokens_T)
     entry: dict[str, Any] = {'name': prompt.name, 'num_tokens': num}
     own = drawn[i * per_prompt : (i + 1) * per_prompt]
@@ -361,6 +367,7 @@ def _companions(
       row.append(original_T)
     entries.append(entry)
     rows.append(row)
+    distributed.barrier(_WRITTEN)
   described: dict[str, Any] = {'prompts': entries}
   if isinstance(codec, image.ImageCodec):
     _write_grid(codec, folder / 'grid.png', rows)

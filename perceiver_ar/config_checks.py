@@ -283,7 +283,7 @@ def _check_training(config: Config) -> None:
   _require(
     keep.keep_every % keep.save_every == 0,
     f'checkpoint.keep_every {keep.keep_every} is no multiple of '
-    f'checkpoint.save_every {keep.save_every}, and most of these steps are not '
+    f'checkpoint.save_every {keep.save_every}: not all of these steps are '
     'saved; change one of them',
   )
   _require(

@@ -167,8 +167,8 @@ def barrier(name: str) -> None:
       if not missing:
         _say_who_left(name, left)
         raise HostsError(
-          f'{name}: process {me()} came when the others had waited '
-          f'{_job.seconds:g} s, and they wait no more'
+          f'{name}: not all processes came within {_job.seconds:g} s, though '
+          'they have since'
         )
       names = {str(p): host for p, host in enumerate(_job.names)}
       raise HostsError(

@@ -68,8 +68,7 @@ def find_place(
   except Exception as error:  # whatever a metadata server does
     raise HostsError(
       f'this is {kind}, and its place in the job cannot be told ({error}); '
-      'give it by --coordinator, --num_processes and --process_id, or set '
-      'TPU_SKIP_MDS_QUERY=1 where a TPU host is alone'
+      'give it by --coordinator, --num_processes and --process_id'
     ) from error
   address, num_processes, process_id, devices = place
   # Alone it would train beside the others, in the same folder.

@@ -97,8 +97,8 @@ def test_what_begins_is_told_and_nothing_of_what_does_not(tmp_path):
   codec = text.ByteCodec()
   x, end = codec.encode('x').tolist() * 2, [tokens.EOS] * 2
   for parts, begun in (
-    ([[x, x]] * 3, ['prompt', 'sample', 'sample', 'end']),
-    ([[x, x], [end, end], [x, x]], ['prompt', 'sample', 'end']),
+    ([[x, x]] * 3, ['prompt', 'sample', 'sample', 'file', 'file', 'file']),
+    ([[x, x], [end, end], [x, x]], ['prompt', 'sample', *['file'] * 3]),
   ):
     seen = []
     watch = lambda kind, what, seen=seen: seen.append(kind)
@@ -143,7 +143,8 @@ def test_the_others_wait_for_each_sample_and_see_who_has_left(
   raster = image.ImageCodec(RASTER)
   write(Script(*parts), raster, prompts, tmp_path)
   first = [x for x in done if x != 'close']
-  assert done[-12:] == ['close', ('barrier', 'written')] * 6
+  written = ('barrier', 'written')
+  assert done[-15:] == ['close', written] * 6 + [written] * 3
   done.clear()
   how = make_config({'sample.num_samples': 2, 'sample.length': 6}).sample
   known = drawn.Drawn(epath.Path(tmp_path / 'other'), 'this')
@@ -152,7 +153,7 @@ def test_the_others_wait_for_each_sample_and_see_who_has_left(
   artifacts.draw_along(other, prompts, how, known, lambda kind, what: None)
   assert done == first
   assert names(tmp_path) == before  # files are one process's
-  assert done.count(('check_present', 'sample')) == 3
+  assert done.count(('check_present', 'sample')) == 3 * 2
 
 
 @pytest.mark.parametrize('after', [0, 1, 2])

@@ -109,6 +109,7 @@ def _moved_bytes(
   if instruction.opcode == 'dynamic-update-slice':  # in place
     return 2 * sum(a.padded_bytes for a in read[1].arrays)
   sizes = [a.padded_bytes for i in (instruction, *read) for a in i.arrays]
+  # What is scattered is read whole, into however few rows.
   if any(i.opcode == 'scatter' for i in module.within(instruction)):
     return sum(sizes)
   # A slice of a stacked array is read by itself, not with all the others.
