@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import socket
+import threading
 import time
 
 import pytest
@@ -189,17 +190,19 @@ def test_a_stranger_who_never_ends_is_not_waited_for(monkeypatch):
   port = free_port()
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(roll_call.call, f'127.0.0.1:{port}', 0, 2, 30)
-    stranger = pool.submit(drip, port)
+    heard = threading.Event()
+    stranger = pool.submit(drip, port, heard)
+    assert heard.wait(20)  # else all could be there before it comes
     second = pool.submit(roll_call.call, f'127.0.0.1:{port}', 1, 2, 30)
     assert len(first.result()) == len(second.result()) == 2
     assert stranger.result() < 5
 
 
-def drip(port):
+def drip(port, heard):
   """Says a little, time and again; for how long somebody listens."""
   begin = time.monotonic()
   with contextlib.suppress(OSError):
-    hang_up_after(port, b'x', seconds=8)
+    hang_up_after(port, b'x', seconds=8, heard=heard)
   return time.monotonic() - begin
 
 
@@ -220,19 +223,23 @@ def test_what_is_loopback_is_told_by_the_address(address, expected, is_local):
   assert roll_call.is_loopback(expected[0]) == is_local
 
 
-def hang_up_after(port, word, seconds=0.0):
-  while True:
+def hang_up_after(port, word, seconds=0.0, heard=None):
+  give_up = time.monotonic() + 20
+  while time.monotonic() < give_up:
     with (
       contextlib.suppress(ConnectionRefusedError),
       socket.create_connection(('127.0.0.1', port)) as stranger,
     ):
       stranger.sendall(word)
+      if heard:
+        heard.set()
       end = time.monotonic() + seconds
       while time.monotonic() < end:
         time.sleep(0.1)
         stranger.sendall(word)
       return
     time.sleep(0.05)
+  raise TimeoutError(f'nobody listens on port {port}')
 
 
 def test_a_port_in_use_is_named():
