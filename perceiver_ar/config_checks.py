@@ -279,16 +279,16 @@ def _check_training(config: Config) -> None:
       f'optimizer.decay_end {optimizer.decay_end}; lower '
       'optimizer.warmup_steps, or raise train.num_steps',
     )
+  _require(
+    optimizer.schedule != 'steps' or optimizer.decay_end > 0,
+    'optimizer.decay_end is 0, where schedule steps ends; raise it',
+  )
   keep = config.checkpoint
   _require(
     keep.keep_every % keep.save_every == 0,
     f'checkpoint.keep_every {keep.keep_every} is no multiple of '
     f'checkpoint.save_every {keep.save_every}: not all of these steps are '
     'saved; change one of them',
-  )
-  _require(
-    optimizer.schedule != 'steps' or optimizer.decay_end > 0,
-    'optimizer.decay_end is 0, where schedule steps ends; raise it',
   )
   _require(
     config.data.min_crop <= config.model.context_length,
