@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from perceiver_ar import logical, partitioning
-from perceiver_ar.config import Config, ModelConfig
+from perceiver_ar.config import Config, MeshConfig, ModelConfig
 from perceiver_ar.errors import UserError
 from perceiver_ar.ops import attention
 
@@ -21,15 +21,7 @@ def check_batch(key: str, size: int, mesh: Mesh, *, axes: str) -> None:
 def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
   """Refuses inputs that the context axis does not divide, or cannot split."""
   context = mesh.shape['context']
-  for name, inputs in (
-    (key, size),
-    ('model.num_kept_inputs', model.num_kept_inputs),
-  ):
-    if inputs % context:
-      raise UserError(
-        f'{name} {inputs} is not divisible by mesh.context {context}; use a '
-        f'multiple of {context}, or a smaller context axis'
-      )
+  _check_inputs(key, size, context)
   kernel = attention.choose(
     model.attention,
     model.attention_block,
@@ -44,9 +36,29 @@ def check_context(model: ModelConfig, key: str, size: int, mesh: Mesh) -> None:
     )
 
 
+def _check_inputs(key: str, size: int, context: int) -> None:
+  if size % context:
+    raise UserError(
+      f'{key} {size} is not divisible by mesh.context {context}; use a '
+      f'multiple of {context}, or a smaller context axis'
+    )
+
+
+def _check_rules(config: MeshConfig, mesh: Mesh) -> None:
+  """Refuses a model axis along which every device would do the same."""
+  rules = partitioning.parameter_rules(config.rules)
+  ways = mesh.shape['model']
+  if ways > 1 and 'model' not in rules.values():
+    raise UserError(
+      f'mesh.rules {config.rules} splits nothing over mesh.model {ways}; use '
+      'mesh.rules=fsdp_tensor, or mesh.model=1'
+    )
+
+
 def check_train(config: Config, mesh: Mesh) -> None:
   """Refuses a training run that the mesh does not divide."""
   model, train = config.model, config.train
+  _check_rules(config.mesh, mesh)
   num_rows = train.batch_size // train.num_microbatches
   check_batch(
     'train.batch_size / train.num_microbatches',
@@ -55,6 +67,10 @@ def check_train(config: Config, mesh: Mesh) -> None:
     axes='slice*data',
   )
   check_context(model, 'model.context_length', model.context_length, mesh)
+  # Inputs are dropped in training only.
+  _check_inputs(
+    'model.num_kept_inputs', model.num_kept_inputs, mesh.shape['context']
+  )
   logical.latent_axes(mesh, num_rows, model.num_latents)
   if config.evaluate.every:
     check_evaluate(config, mesh)
@@ -63,6 +79,7 @@ def check_train(config: Config, mesh: Mesh) -> None:
 def check_evaluate(config: Config, mesh: Mesh) -> None:
   """The same for evaluation, which has sizes of its own."""
   how = config.evaluate
+  _check_rules(config.mesh, mesh)
   check_batch('evaluate.batch_size', how.batch_size, mesh, axes='slice*data')
   check_context(
     config.model, 'evaluate.context_length', how.context_length, mesh
@@ -72,4 +89,5 @@ def check_evaluate(config: Config, mesh: Mesh) -> None:
 
 def check_sample(config: Config, mesh: Mesh) -> None:
   num = config.sample.num_samples
+  _check_rules(config.mesh, mesh)
   check_batch('sample.num_samples', num, mesh, axes='slice*data*context')

@@ -24,6 +24,7 @@ def initial(config: ModelConfig, key: jax.Array) -> Params:
   return nn.unbox(_initial(config, key))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _initial(config: ModelConfig, key: jax.Array) -> Params:
   """The same, boxed with their logical axes."""
   M, N, P = config.context_length, config.num_latents, config.position_sizes
@@ -38,8 +39,8 @@ def _initial(config: ModelConfig, key: jax.Array) -> Params:
 
 @functools.cache
 def _shapes(config: ModelConfig) -> Params:
-  """Of `_initial`; tracing a model takes longer than a step of it."""
-  return jax.eval_shape(functools.partial(_initial, config), jax.random.key(0))
+  """Of `_initial`, whose trace is kept: a step takes less time than that."""
+  return _initial.eval_shape(config, jax.random.key(0))
 
 
 def shardings(config: Config, mesh: AnyMesh) -> Any:

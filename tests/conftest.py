@@ -11,7 +11,7 @@ os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 # older emitters of fused loops make half the code.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-  '--xla_cpu_use_fusion_emitters=false'
+  '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 )
 # Nobody reads from which lines of Python a program was made.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'

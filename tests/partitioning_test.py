@@ -206,7 +206,6 @@ def test_latents_have_rows_over_context_or_are_split():
   ('changes', 'names'),
   [
     ({'model.context_length': 30}, ('model.context_length 30', 'context 4')),
-    ({'model.num_kept_inputs': 6}, ('model.num_kept_inputs 6', 'context 4')),
     ({'model.attention': 'reference'}, ('reference', 'chunked')),
   ],
 )
@@ -217,6 +216,24 @@ def test_inputs_that_do_not_split_over_context_are_refused(changes, names):
   with pytest.raises(UserError) as error:
     mesh_checks.check_context(model, 'model.context_length', length, mesh)
   _is_one_sentence(error, *names)
+
+
+def test_inputs_that_training_keeps_split_over_context():
+  config = make_config({'model.num_kept_inputs': 6, 'train.batch_size': 8})
+  mesh = _mesh(data=2, context=4)
+  with pytest.raises(UserError) as error:
+    mesh_checks.check_train(config, mesh)
+  _is_one_sentence(error, 'model.num_kept_inputs 6', 'context 4')
+  mesh_checks.check_evaluate(config, mesh)
+
+
+@pytest.mark.parametrize('command', ['train', 'evaluate', 'sample'])
+@pytest.mark.parametrize('rules', ['replicated', 'fsdp'])
+def test_a_model_axis_that_splits_nothing_is_refused(command, rules):
+  config = make_config({'mesh.rules': rules})
+  with pytest.raises(UserError) as error:
+    getattr(mesh_checks, f'check_{command}')(config, _mesh(data=4, model=2))
+  _is_one_sentence(error, f'mesh.rules {rules}', 'mesh.model 2', 'fsdp_tensor')
 
 
 def test_a_global_batch_keeps_its_rows_in_order_over_slices_and_data():

@@ -190,7 +190,8 @@ class Scene:
           # anybody read from which lines it was made.
           'XLA_FLAGS': '--xla_backend_optimization_level=0 '
           '--xla_llvm_disable_expensive_passes=true '
-          '--xla_cpu_use_fusion_emitters=false',
+          '--xla_cpu_use_fusion_emitters=false '
+          '--xla_cpu_parallel_codegen_split_count=1',
           'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',
         },
       )

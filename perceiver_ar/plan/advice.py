@@ -233,7 +233,7 @@ def _longer_axes(config: Config, plan: Plan) -> list[list[Changes]]:
 
 def _tensor(config: Config) -> dict[str, Any]:
   """Rules that split parameters over `model`, if the config's do not."""
-  is_split = config.mesh.rules not in ('replicated', 'fsdp')
+  is_split = 'model' in partitioning.parameter_rules(config.mesh.rules).values()
   return {} if is_split else {'mesh.rules': 'fsdp_tensor'}
 
 

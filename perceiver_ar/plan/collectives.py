@@ -97,17 +97,18 @@ def _groups_of_axes(mesh: str, ids: str | None, axes: str) -> list[list[int]]:
   axis `a`.
   """
   sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
+  asked = collections.defaultdict(list)
+  for name, before, own in _AXIS.findall(axes):
+    asked[name].append((int(before or 1), int(own or sizes[name])))
   shape: list[int] = []
   along: list[int] = []
-  asked = {found[1]: found for found in _AXIS.finditer(axes)}
   for name, size in sizes.items():
-    parts, chosen = [size], 0
-    if (found := asked.get(name)) and found[2]:
-      before, own = int(found[2]), int(found[3])
-      parts, chosen = [before, own, size // before // own], 1
-    if found:
-      along.append(len(shape) + chosen)
-    shape += parts
+    done = 1
+    for before, own in sorted(asked[name]):
+      along.append(len(shape) + 1)
+      shape += [before // done, own]
+      done = before * own
+    shape.append(size // done)
   places = np.arange(math.prod(shape))
   if ids:
     tiles = re.fullmatch(_TILES, ids)
@@ -196,7 +197,10 @@ def _ways(
     yield 'dcn', 'slice', num_bytes, chip.dcn_bandwidth
     return
   groups = parse_groups(found.attributes, module.num_partitions or mesh.size)
-  yield from _legs(found.kind, found.operand_bytes, groups, mesh, chip)
+  if found.kind == 'collective-permute':
+    yield from _hops(found.operand_bytes, groups, mesh, chip)
+  else:
+    yield from _legs(found.kind, found.operand_bytes, groups, mesh, chip)
 
 
 def is_collective(module: Module, instruction: Instruction) -> bool:
@@ -243,14 +247,15 @@ def _phase_of(module: Module, instruction: Instruction, scope: str) -> str:
   """Backward, sums over the batch are of the gradients of parameters.
 
   But not those that gather: an array that is zero outside of a device's part.
+  Nor those in attention, which has no parameters: of keys that were gathered.
   """
   operands = _operands(module, instruction)
   gathers = any(i.opcode == 'dynamic-update-slice' for i in operands)
   kind = kind_of(instruction)
   sums = kind in ('all-reduce', 'reduce-scatter') and not gathers
   where = phase(scope)
-  is_gradient = where == 'latent' and sums and 'transpose(' in scope
-  return 'gradient' if is_gradient else where
+  of_parameters = 'transpose(' in scope and '/attend/' not in scope
+  return 'gradient' if where == 'latent' and sums and of_parameters else where
 
 
 def _brought(module: Module, instruction: Instruction, kind: str) -> int:
@@ -266,6 +271,31 @@ def _operands(module: Module, instruction: Instruction) -> list[Instruction]:
   return [body[name] for name in instruction.operand_names if name in body]
 
 
+def _hops(
+  operand_bytes: int, pairs: Sequence[Sequence[int]], mesh: Mesh, chip: Chip
+) -> Iterator[tuple[str, str, float, float]]:
+  """The same for a permutation: as slow as the slowest of its hops.
+
+  Many a device is its own target, the first as a rule.
+  """
+  sources, targets = _places_in(mesh, np.array(pairs).T)
+  if axes := _axes_between(mesh, sources, targets):
+    far = 'slice' in axes
+    rate = chip.dcn_bandwidth if far else chip.link_bandwidth
+    yield 'dcn' if far else 'ici', '+'.join(axes), operand_bytes, rate
+
+
+def _places_in(mesh: Mesh, numbers: np.ndarray) -> np.ndarray:
+  """Indices in the mesh of devices with these numbers [...], [..., axes]."""
+  return np.stack(np.unravel_index(numbers, mesh.devices.shape), axis=-1)
+
+
+def _axes_between(mesh: Mesh, here: np.ndarray, there: np.ndarray) -> list[str]:
+  """The axes along which any of some places [n, axes] differ."""
+  differ = (here != there).any(axis=0)
+  return [axis for axis, d in zip(mesh.axis_names, differ, strict=True) if d]
+
+
 def _legs(
   kind: str,
   operand_bytes: int,
@@ -279,19 +309,13 @@ def _legs(
   every device exchanges its own share only with those of the other slices.
   """
   group = np.array(max(groups, key=len))
-  coordinates = np.stack(np.unravel_index(group, mesh.devices.shape), axis=1)
-  varies = (coordinates != coordinates[:1]).any(axis=0)
-  axes = [axis for axis, v in zip(mesh.axis_names, varies, strict=True) if v]
+  places = _places_in(mesh, group)
+  axes = _axes_between(mesh, places[:1], places)
   if not axes:
     return
   near = [axis for axis in axes if axis != 'slice']
-  slices = coordinates[:, mesh.axis_names.index('slice')]
+  slices = places[:, mesh.axis_names.index('slice')]
   num_slices = len(set(slices.tolist()))
-  if kind == 'collective-permute':
-    far = 'slice' in axes
-    rate = chip.dcn_bandwidth if far else chip.link_bandwidth
-    yield 'dcn' if far else 'ici', '+'.join(axes), operand_bytes, rate
-    return
   size = len(group) // num_slices
   far_bytes = sent_bytes(kind, operand_bytes, num_slices)
   near_bytes = sent_bytes(kind, operand_bytes, size)

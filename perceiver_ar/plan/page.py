@@ -193,7 +193,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 def _none_fits(advice: Advice) -> str:
   if advice.was_cut:
     return f'None of the {advice.num_compiled} changes that were compiled fits.'
-  return 'No change of rematerialisation, microbatches or axes fits.'
+  return 'No change of rematerialisation, rows at a time or axes fits.'
 
 
 def _gib(size: float) -> str:

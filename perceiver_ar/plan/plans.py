@@ -274,7 +274,7 @@ def _loop_trips(config: Config, command: str) -> int:
   how = config.sample
   if command == 'sample':
     return max(how.num_latents - how.refill_latents, 1)
-  return config.model.num_layers // config.model.scan_unroll
+  return max(config.model.num_layers // config.model.scan_unroll, 1)
 
 
 def _read(

@@ -23,7 +23,7 @@ def mesh(*sizes):
   return Mesh(devices, MESH_AXES, axis_types=types)
 
 
-def found(line, body=''):
+def found(line, body='', sizes=(1, 4, 1, 2)):
   text = f"""HloModule m
 
 {body}
@@ -33,7 +33,7 @@ ENTRY %main (p: bf16[16,64]) -> bf16[16,64] {{
   {line}
 }}
 """
-  return collectives.collect(Module(text), mesh(1, 4, 1, 2), _CPU, 1)
+  return collectives.collect(Module(text), mesh(*sizes), _CPU, 1)
 
 
 _SCOPE = 'metadata={op_name="jit(step)/jvp(PerceiverAR)/layers/mlp/x"}'
@@ -98,6 +98,13 @@ _INNER = """%inner (q: bf16[16,64]) -> bf16[4,64] {
       'data',
       _BYTES,
     ),
+    (  # what stays where it is is named as well
+      '%x = bf16[16,64] collective-permute(%p), '
+      'source_target_pairs={{0,0},{1,4},{2,1},{3,5},{4,2},{5,6},{6,3},{7,7}}',
+      'collective-permute',
+      'data+model',
+      _BYTES,
+    ),
   ],
 )
 def test_every_form_is_read(line, kind, axis, sent):
@@ -132,6 +139,7 @@ def test_the_parts_of_one_that_is_spread_over_fusions_count_once():
     ),
     ("mesh['a'=4], device_ids=(3,1,2,0) {'a'}", [[3, 1, 2, 0]]),
     ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
     ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
     ('[2,4]<=[4,2]T(1,0)', [[0, 2, 4, 6], [1, 3, 5, 7]]),
     ('{{0,1},{2,3}}', [[0, 1], [2, 3]]),
@@ -148,13 +156,18 @@ def test_groups_of_one_device_send_nothing():
   assert not found(line)
 
 
+def test_a_permutation_is_as_slow_as_its_slowest_hop():
+  pairs = '{{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}'
+  line = '%x = bf16[16,64] collective-permute(%p), source_target_pairs='
+  (row,) = found(f'{line}{pairs}, {_SCOPE}', sizes=(2, 4, 1, 1))
+  assert (row.axis, row.network) == ('slice+data', 'dcn')
+  assert row.seconds == row.bytes / _CPU.dcn_bandwidth
+  assert not found(f'{line}{{{{0,0}},{{1,1}}}}, {_SCOPE}')
+
+
 def test_what_crosses_slices_does_so_with_a_share_only():
   line = f'%x = bf16[16,64] all-reduce(%p), replica_groups=[1,8]<=[8], {_SCOPE}'
-  text = f"""ENTRY %main (p: bf16[16,64]) -> bf16[16,64] {{
-  %p = bf16[16,64]{{1,0}} parameter(0)
-  {line}
-}}"""
-  rows = collectives.collect(Module(text), mesh(2, 4, 1, 1), _CPU, 1)
+  rows = found(line, sizes=(2, 4, 1, 1))
   sent = {(row.network, row.axis): row.bytes for row in rows}
   assert sent == {
     ('ici', 'data'): 2 * _BYTES * 3 / 4,
