@@ -8,7 +8,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Nobody holds a TPU here, so processes may share its compiler.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 # Compiling is most of the work of small tests: little is optimised, and the
-# older emitters of fused loops make half the code.
+# older emitters of fused loops make half the code, compiled in one part.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
   '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'

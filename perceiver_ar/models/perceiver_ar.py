@@ -133,7 +133,7 @@ class PerceiverAR(nn.Module):
       in_axes=cast(Any, (*[nn.broadcast] * 3, 0, nn.broadcast)),
       length=c.num_layers,
       unroll=c.scan_unroll,
-      # Nothing but latents comes out of a layer: one trace of it is enough.
+      # No output is the same for all layers: Flax need not trace one to see it.
       check_constancy_invariants=False,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c)
