@@ -46,9 +46,8 @@ def _check_inputs(key: str, size: int, context: int) -> None:
 
 def _check_rules(config: MeshConfig, mesh: Mesh) -> None:
   """Refuses a model axis along which every device would do the same."""
-  rules = partitioning.parameter_rules(config.rules)
   ways = mesh.shape['model']
-  if ways > 1 and 'model' not in rules.values():
+  if ways > 1 and not partitioning.splits_parameters(config.rules, 'model'):
     raise UserError(
       f'mesh.rules {config.rules} splits nothing over mesh.model {ways}; use '
       'mesh.rules=fsdp_tensor, or mesh.model=1'

@@ -66,6 +66,11 @@ def parameter_rules(name: str) -> Rules:
   return {**_UNSHARDED, **_SETS[name]}
 
 
+def splits_parameters(name: str, axis: str) -> bool:
+  """Whether the rules of that name split any over a mesh axis."""
+  return any(axis in axes_of(x) for x in parameter_rules(name).values())
+
+
 def axes_of(entry: Any) -> tuple[str, ...]:
   """The mesh axes of an entry of rules, or of a PartitionSpec."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())

@@ -233,7 +233,7 @@ def _longer_axes(config: Config, plan: Plan) -> list[list[Changes]]:
 
 def _tensor(config: Config) -> dict[str, Any]:
   """Rules that split parameters over `model`, if the config's do not."""
-  is_split = 'model' in partitioning.parameter_rules(config.mesh.rules).values()
+  is_split = partitioning.splits_parameters(config.mesh.rules, 'model')
   return {} if is_split else {'mesh.rules': 'fsdp_tensor'}
 
 
