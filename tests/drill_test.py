@@ -201,7 +201,12 @@ def test_every_drill_passes(num_processes, tmp_path):
     ('slow', 'names_nobody', "said 'process 1 .*is slow"),
     ('other-hosts', 'begins_the_data_again', 'step 8 has data_digest'),
     ('truncated', 'takes_damage_for_a_crash', 'status 1, not one of .0,'),
-    ('flipped', 'believes_every_checksum', r'said .*is damaged: .* trained to'),
+    # What is off by a bit is trained on; if it is far off, to no good.
+    (
+      'flipped',
+      'believes_every_checksum',
+      r'said .*is damaged: .* trained to|last good checkpoint is step 8',
+    ),
     ('emptied', 'takes_damage_for_a_crash', 'status 1, not one of .0,'),
     ('missing', 'takes_damage_for_a_crash', 'status 1, not one of .0,'),
     ('disk-full', 'passes_over_saves_that_fail', 'ended with status 0'),
