@@ -44,19 +44,20 @@ def render_sweep(
   rows: Sequence[tuple[Mapping[str, Any], Plan | UserError]],
 ) -> str:
   """A line per layout."""
+  width = 2 + max(
+    (len(_layout(p)) for _, p in rows if isinstance(p, Plan)), default=6
+  )
   lines = [
-    f'{"layout":<36}{"fits":<4}{"GiB":>7}{"s/step":>9}{"collectives":>13}'
-    f'{"MFU":>6}'
+    f'{"layout":<{width}}{"fits":<4}{"GiB":>7}{"s/step":>9}'
+    f'{"collectives":>13}{"MFU":>6}'
   ]
   for changes, plan in rows:
     if isinstance(plan, UserError):
       words = ' '.join(f'{k}={v}' for k, v in changes.items())
       lines.append(f'{words}: {plan}')
       continue
-    axes = ' '.join(f'{k} {v}' for k, v in plan.mesh.items() if v > 1)
-    axes = f'{axes or "one device"}, {plan.config.mesh.rules}'
     fits = 'yes' if plan.fits else 'no'
-    line = f'{axes:<36}{fits:<4}{_gib(plan.needed_bytes):>7}'
+    line = f'{_layout(plan):<{width}}{fits:<4}{_gib(plan.needed_bytes):>7}'
     if plan.seconds:
       line += (
         f'{plan.seconds["total"]:>9.3g}'
@@ -65,6 +66,11 @@ def render_sweep(
       )
     lines.append(line)
   return '\n'.join(lines) + '\n'
+
+
+def _layout(plan: Plan) -> str:
+  axes = ' '.join(f'{k} {v}' for k, v in plan.mesh.items() if v > 1)
+  return f'{axes or "one device"}, {plan.config.mesh.rules}'
 
 
 def sweep_to_dicts(

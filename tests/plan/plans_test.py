@@ -415,6 +415,13 @@ def test_a_sweep_has_a_line_for_every_layout(monkeypatch, trained, machine):
   json.dumps(page.sweep_to_dicts(rows), allow_nan=False)
 
 
+def test_a_layout_of_many_axes_leaves_the_columns_of_a_sweep_apart(trained):
+  sizes = {'slice': 2, 'data': 128, 'context': 16, 'model': 16}
+  rows = [({}, trained), ({}, dataclasses.replace(trained, mesh=sizes))]
+  head, *lines = page.render_sweep(rows).splitlines()
+  assert {line.index(' yes') for line in lines} == {head.index(' fits')}
+
+
 @pytest.mark.parametrize(
   ('remat', 'products'),
   # Forward 2, backward 5; or the forward pass again.
